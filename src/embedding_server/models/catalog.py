@@ -23,6 +23,8 @@ class CatalogModel:
     """Prompts that the authors document but the repository doesn't carry."""
     dimensions: tuple[int, ...] | None = None
     """The Matryoshka sizes the model was trained for, ascending."""
+    layer_norm: bool = False
+    """Layer-normalise the embedding before cutting it."""
 
 
 _NOMIC_PROMPTS = {
@@ -52,6 +54,7 @@ _MODELS = (
         revision="7a5549b77c439ed64573143699547131d4218046",
         prompts=_NOMIC_PROMPTS,
         dimensions=(64, 128, 256, 512, 768),
+        layer_norm=True,
     ),
 )
 

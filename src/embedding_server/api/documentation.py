@@ -1,0 +1,78 @@
+"""What OpenAPI can't read off the routes: request bodies, headers and the errors of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from embedding_server.api.schemas import EmbeddingsRequest, ErrorResponse, OpenAIEmbeddingsRequest
+
+__all__ = ["errors", "json_body", "use_own_openapi"]
+
+_REASONS = {
+    400: "The request can't be served as it is: the message says which field and why.",
+    401: "An API key is set, and the request has none or a wrong one.",
+    404: "No such model is served; the message lists the served ones.",
+    413: "The body is over the limit.",
+    415: "The body is not plain JSON.",
+    429: "The queue is full; `Retry-After` says when to come back, in seconds.",
+    500: "A fault of the server's, logged with the request id.",
+    503: "Starting, draining, or the model can't be used now.",
+}
+
+_REQUEST_ID = {
+    "x-request-id": {
+        "description": "the request's id: the client's own, if it sent a valid one",
+        "schema": {"type": "string"},
+    }
+}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The ``responses`` of a route that can answer these errors."""
+    return {
+        status: {"model": ErrorResponse, "description": _REASONS[status]} for status in statuses
+    }
+
+
+def json_body(schema: type[OpenAIEmbeddingsRequest]) -> dict[str, Any]:
+    """``openapi_extra`` of a route that reads ``schema`` from the body by itself."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def use_own_openapi(app: FastAPI) -> None:
+    """Let ``app`` serve a document that is true of what the routes really take and answer."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _document(app)
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        description=app.description,
+        routes=app.routes,
+    )
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for schema in (EmbeddingsRequest, OpenAIEmbeddingsRequest):
+        schemas[schema.__name__] = schema.model_json_schema()
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            # Path parameters are any string, so FastAPI's own 422 can't happen.
+            operation["responses"].pop("422", None)
+            for response in operation["responses"].values():
+                response.setdefault("headers", {}).update(_REQUEST_ID)
+            if not path.startswith("/health"):
+                operation["security"] = [{}, {"key": []}]
+    return document

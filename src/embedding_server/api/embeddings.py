@@ -1,0 +1,118 @@
+"""``/v1/embeddings`` and ``/openai/v1/embeddings``."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from embedding_server.api.body import read_body
+from embedding_server.api.documentation import errors, json_body
+from embedding_server.api.encoding import encode_embeddings
+from embedding_server.api.record import record_of
+from embedding_server.api.schemas import (
+    EmbeddingsRequest,
+    EmbeddingsResponse,
+    OpenAIEmbeddingsRequest,
+    OpenAIEmbeddingsResponse,
+    parse,
+)
+from embedding_server.engine.engine import EmbedParams
+from embedding_server.errors import InvalidRequest
+from embedding_server.models.registry import Registry
+from embedding_server.settings import Settings
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["embeddings"])
+
+# Up to here an answer is serialised in well under a millisecond, in the event loop.
+_INLINE_VALUES = 32 * 1024
+
+_ERRORS = errors(400, 401, 404, 413, 415, 429, 500, 503)
+
+
+def _responses(schema: type[Any]) -> dict[int | str, dict[str, Any]]:
+    header = {
+        "description": "how many inputs were cut to the model's length; only there if any was",
+        "schema": {"type": "integer"},
+    }
+    ok = {"model": schema, "headers": {"x-truncated-inputs": header}}
+    return {200: ok, **_ERRORS}
+
+
+@router.post(
+    "/v1/embeddings",
+    summary="Embed texts",
+    response_class=Response,
+    responses=_responses(EmbeddingsResponse),
+    openapi_extra=json_body(EmbeddingsRequest),
+)
+@router.get(
+    "/v1/embeddings",
+    summary="Embed texts (a GET with a JSON body, as some clients send)",
+    response_class=Response,
+    responses=_responses(EmbeddingsResponse),
+    openapi_extra=json_body(EmbeddingsRequest),
+    operation_id="get_embeddings",
+)
+async def embeddings(request: Request) -> Response:
+    """Turns each input into one vector; the answer keeps their order."""
+    settings: Settings = request.app.state.settings
+    query = parse(EmbeddingsRequest, await read_body(request, settings.max_body_bytes))
+    params = EmbedParams(
+        dimensions=query.dimensions,
+        input_type=query.input_type,
+        prompt=query.prompt,
+        truncate=query.truncate is not False,
+        normalize=query.normalize is not False,
+        output_dtype=query.output_dtype or "float",
+    )
+    return await _answer(request, query, params, openai=False)
+
+
+@router.post(
+    "/openai/v1/embeddings",
+    summary="Embed texts, in OpenAI's shape",
+    response_class=Response,
+    responses=_responses(OpenAIEmbeddingsResponse),
+    openapi_extra=json_body(OpenAIEmbeddingsRequest),
+)
+async def openai_embeddings(request: Request) -> Response:
+    """Takes and answers only what OpenAI documents."""
+    settings: Settings = request.app.state.settings
+    query = parse(OpenAIEmbeddingsRequest, await read_body(request, settings.max_body_bytes))
+    return await _answer(request, query, EmbedParams(dimensions=query.dimensions), openai=True)
+
+
+async def _answer(
+    request: Request, query: OpenAIEmbeddingsRequest, params: EmbedParams, *, openai: bool
+) -> Response:
+    registry: Registry = request.app.state.registry
+    settings: Settings = request.app.state.settings
+    record = record_of(request.scope)
+    engine = registry[query.model]
+    record.model = engine.info.name
+    record.inputs = len(query.input)
+    if len(query.input) > settings.max_client_batch_size:
+        raise InvalidRequest(
+            f"'input' has {len(query.input)} inputs; at most {settings.max_client_batch_size} are "
+            "taken in one request. Send them in parts.",
+            param="input",
+        )
+    result = await engine.embed(query.input, params)
+    record.tokens, record.truncated = result.tokens, result.truncated
+
+    def encode() -> bytes:
+        return encode_embeddings(
+            result,
+            model=query.model,
+            encoding_format=query.encoding_format or "float",
+            openai=openai,
+        )
+
+    small = result.vectors.size <= _INLINE_VALUES
+    content = encode() if small else await asyncio.to_thread(encode)
+    headers = {"x-truncated-inputs": str(result.truncated)} if result.truncated else None
+    return Response(content, media_type="application/json", headers=headers)

@@ -1,0 +1,112 @@
+"""Exceptions to HTTP: the one table of statuses and the one shape of an error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from embedding_server.api.record import record_of
+from embedding_server.errors import (
+    BodyTooLarge,
+    ConfigurationError,
+    ContextLengthExceeded,
+    EmbeddingServerError,
+    InferenceFailed,
+    InvalidRequest,
+    ModelError,
+    ModelNotFound,
+    ModelNotSupported,
+    ModelUnavailable,
+    NotReady,
+    Overloaded,
+    Unauthenticated,
+    UnsupportedContent,
+)
+
+__all__ = ["ERROR_STATUS", "ErrorAnswer", "add_error_handlers", "error_answer"]
+
+ERROR_STATUS: Mapping[type[EmbeddingServerError], tuple[int, str]] = {
+    InvalidRequest: (400, "invalid_request_error"),
+    ContextLengthExceeded: (400, "invalid_request_error"),
+    Unauthenticated: (401, "invalid_request_error"),
+    ModelNotFound: (404, "invalid_request_error"),
+    BodyTooLarge: (413, "invalid_request_error"),
+    UnsupportedContent: (415, "invalid_request_error"),
+    Overloaded: (429, "rate_limit_error"),
+    InferenceFailed: (500, "server_error"),
+    ConfigurationError: (500, "server_error"),
+    EmbeddingServerError: (500, "server_error"),
+    NotReady: (503, "service_unavailable"),
+    ModelError: (503, "service_unavailable"),
+    ModelUnavailable: (503, "service_unavailable"),
+    ModelNotSupported: (503, "service_unavailable"),
+}
+"""Status and ``type`` of every exception of ours."""
+
+_DEFAULT_CODES = {429: "overloaded", 500: "internal_error", 503: "not_ready"}
+
+
+class ErrorAnswer(Response):
+    """The one shape of an error; being sent, it leaves its code in the request's record."""
+
+    media_type = "application/json"
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        code = code or _DEFAULT_CODES.get(status)
+        error = {"message": message, "type": kind, "param": param, "code": code}
+        self._code = code or kind
+        super().__init__(orjson.dumps({"error": error}), status, headers=headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record_of(scope).error_code = self._code
+        await super().__call__(scope, receive, send)
+
+
+def error_answer(error: EmbeddingServerError) -> ErrorAnswer:
+    """The answer that tells ``error``."""
+    status, kind = ERROR_STATUS[type(error)]
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["retry-after"] = str(math.ceil(error.retry_after))
+    if isinstance(error, NotReady):
+        headers["retry-after"] = "1"
+    if isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = "Bearer"
+    param, code = (error.param, error.code) if isinstance(error, InvalidRequest) else (None, None)
+    return ErrorAnswer(status, str(error), kind, param=param, code=code, headers=headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every exception that a route raises in the one shape."""
+
+    @app.exception_handler(EmbeddingServerError)
+    async def ours(request: Request, error: EmbeddingServerError) -> Response:
+        return error_answer(error)
+
+    @app.exception_handler(HTTPException)
+    async def routing(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            code = "not_found"
+            message = f"There is nothing at {request.url.path}; the API is described at /docs."
+        elif error.status_code == 405:
+            code = "method_not_allowed"
+            message = f"{request.method} is not possible at {request.url.path}."
+        else:
+            code, message = None, str(error.detail)
+        return ErrorAnswer(
+            error.status_code, message, "invalid_request_error", code=code, headers=error.headers
+        )

@@ -1,0 +1,45 @@
+"""For those who operate the server: health and metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from embedding_server.api.documentation import errors
+from embedding_server.api.schemas import ServerStatus
+from embedding_server.errors import NotReady
+from embedding_server.models.registry import Registry
+from embedding_server.telemetry import Telemetry
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/health/live", response_model_exclude_none=True)
+async def live() -> ServerStatus:
+    """Whether the process answers at all; never waits on inference."""
+    return ServerStatus(status="live")
+
+
+@router.get("/health/ready", responses=errors(503))
+@router.get("/health", responses=errors(503), operation_id="health")
+async def ready(request: Request) -> ServerStatus:
+    """Whether every model can be used now."""
+    registry: Registry = request.app.state.registry
+    status = registry.status()
+    if not registry.ready:
+        states = ", ".join(f"{name} is {state}" for name, state in status.items())
+        raise NotReady(f"Not ready: {states}.")
+    return ServerStatus(status="ready", models=status)
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **errors(401)},
+)
+async def metrics(request: Request) -> Response:
+    """Everything that is measured, in Prometheus' text format."""
+    telemetry: Telemetry = request.app.state.telemetry
+    content, media_type = telemetry.exposition()
+    return Response(content, headers={"content-type": media_type})

@@ -1,0 +1,55 @@
+"""What is served: ``/v1/models``, and the same in OpenAI's shape."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+from embedding_server.api.documentation import errors
+from embedding_server.api.schemas import ModelDetails, ModelNames, OpenAIModel, OpenAIModels
+from embedding_server.engine.info import ModelInfo
+from embedding_server.models.registry import Registry
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models", responses=errors(401, 503))
+async def models(request: Request) -> ModelNames:
+    """The names of the served models."""
+    registry: Registry = request.app.state.registry
+    return ModelNames(data=[engine.info.name for engine in registry], object="list")
+
+
+@router.get("/v1/models/{name:path}", responses=errors(401, 404, 503))
+async def model(request: Request, name: str) -> ModelDetails:
+    """What one served model is."""
+    info = request.app.state.registry[name].info
+    return ModelDetails(
+        **_openai(info).model_dump(),
+        dims=info.dims,
+        max_tokens=info.max_tokens,
+        pooling=info.pooling,
+        dimensions=list(info.dimensions) if info.dimensions else None,
+        prompts=dict(info.prompts),
+        backend=info.backend,
+        revision=info.revision,
+        sha256=info.sha256,
+    )
+
+
+@router.get("/openai/v1/models", responses=errors(401, 503))
+async def openai_models(request: Request) -> OpenAIModels:
+    """The served models, as OpenAI lists its own."""
+    registry: Registry = request.app.state.registry
+    return OpenAIModels(data=[_openai(engine.info) for engine in registry], object="list")
+
+
+@router.get("/openai/v1/models/{name:path}", responses=errors(401, 404, 503))
+async def openai_model(request: Request, name: str) -> OpenAIModel:
+    """One served model, as OpenAI shows its own."""
+    return _openai(request.app.state.registry[name].info)
+
+
+def _openai(info: ModelInfo) -> OpenAIModel:
+    return OpenAIModel(id=info.name, object="model", created=info.created, owned_by=info.owned_by)

@@ -1,0 +1,34 @@
+"""What is known of one request: filled in on its way, told in its log line and its metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starlette.types import Scope
+
+__all__ = ["RequestRecord", "record_of"]
+
+_KEY = "embedding_server.record"
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """Numbers and names only: never a text, and no model name that isn't served."""
+
+    id: str
+    model: str = ""
+    inputs: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    error_code: str | None = None
+
+    def attach(self, scope: Scope) -> None:
+        """Make ``record_of(scope)`` give this record."""
+        scope[_KEY] = self
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """The record of the request that ``scope`` belongs to."""
+    record = scope[_KEY]
+    assert isinstance(record, RequestRecord)
+    return record

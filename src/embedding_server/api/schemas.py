@@ -1,0 +1,266 @@
+"""What goes in and out over HTTP: requests are checked here, answers documented."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.json_schema import WithJsonSchema
+
+from embedding_server.engine.postprocess import OutputDtype
+from embedding_server.errors import InvalidRequest
+
+__all__ = [
+    "Embedding",
+    "EmbeddingsRequest",
+    "EmbeddingsResponse",
+    "ErrorResponse",
+    "ModelDetails",
+    "ModelNames",
+    "OpenAIEmbedding",
+    "OpenAIEmbeddingsRequest",
+    "OpenAIEmbeddingsResponse",
+    "OpenAIModel",
+    "OpenAIModels",
+    "ServerStatus",
+    "parse",
+]
+
+Inputs = list[str] | list[list[int]]
+
+
+def _inputs(value: object) -> Inputs:
+    """One form for the four that ``input`` may have; raises InvalidRequest."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise InvalidRequest(
+            "'input' must be a string, a list of strings, a list of token ids or a list of lists "
+            "of token ids.",
+            param="input",
+        )
+    if not value:
+        raise InvalidRequest("'input' is an empty list; send at least one text.", param="input")
+    kind = type(value[0])
+    for index, item in enumerate(value):
+        if type(item) is not kind or kind not in (str, int, list):
+            raise InvalidRequest(
+                f"is {_json_type(item)}; 'input' may hold strings, or token ids, or lists of token "
+                "ids, and nothing else beside them.",
+                param="input",
+                index=index,
+            )
+    if kind is str:
+        return value
+    if kind is int:
+        return [value]
+    for index, ids in enumerate(value):
+        if not ids:
+            raise InvalidRequest("is an empty list.", param="input", index=index)
+        if any(type(token) is not int for token in ids):
+            raise InvalidRequest(
+                "must hold token ids (whole numbers) only.", param="input", index=index
+            )
+    return value
+
+
+def _json_type(value: object) -> str:
+    names = {
+        str: "a string", int: "a whole number", float: "a number", bool: "a boolean",
+        list: "a list", dict: "an object", type(None): "null",
+    }  # fmt: skip
+    return names[type(value)]
+
+
+_INPUT_SCHEMA = {
+    "title": "Input",
+    "description": "What to embed: one text, several, or the model's own token ids without "
+    "special tokens.",
+    "oneOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        {
+            "type": "array",
+            "items": {
+                "type": "array",
+                "items": {"type": "integer", "minimum": 0},
+                "minItems": 1,
+            },
+            "minItems": 1,
+        },
+    ],
+    "examples": [["iPhone", "Samsung"]],
+}
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class OpenAIEmbeddingsRequest(_Request):
+    """What OpenAI documents for ``POST /embeddings``."""
+
+    model: str = Field(description="one of the served models", examples=["all-MiniLM-L6-v2"])
+    input: Annotated[Any, BeforeValidator(_inputs), WithJsonSchema(_INPUT_SCHEMA)]
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="float: a list of numbers (default); base64: of the little-endian values"
+    )
+    dimensions: int | None = Field(
+        None, description="cut to that many values, then normalise (Matryoshka models only)"
+    )
+    user: str | None = Field(None, description="accepted, unused")
+
+
+class EmbeddingsRequest(OpenAIEmbeddingsRequest):
+    """A request for embeddings; null means a field's default."""
+
+    input_type: str | None = Field(
+        None, description="'query', 'document' or a prompt's name: prepends the model's prompt"
+    )
+    prompt: str | None = Field(None, description="prepends this text")
+    truncate: bool | None = Field(
+        None, description="false: an over-long input is an error instead of cut (default true)"
+    )
+    normalize: bool | None = Field(
+        None, description="false: the model's own output, not scaled to length 1 (default true)"
+    )
+    output_dtype: OutputDtype | None = Field(
+        None, description="quantise the vectors (default float)"
+    )
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class Usage(_Answer):
+    """Tokens that were computed, special tokens included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class OpenAIEmbedding(_Answer):
+    """One input's vector."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str = Field(description="numbers, or base64 if that was asked for")
+
+
+class Embedding(OpenAIEmbedding):
+    """One input's vector; ``truncated`` and ``tokens`` are there only if the input was cut."""
+
+    dims: int = Field(description="values in the vector, before bits are packed into bytes")
+    truncated: Literal[True] | None = Field(None, description="the input was cut")
+    tokens: int | None = Field(None, description="the input's full length")
+
+
+class OpenAIEmbeddingsResponse(_Answer):
+    """The vectors in the order of the inputs."""
+
+    object: Literal["list"]
+    model: str
+    data: list[OpenAIEmbedding]
+    usage: Usage
+
+
+class EmbeddingsResponse(_Answer):
+    """The vectors in the order of the inputs."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: Usage
+
+
+class ModelNames(_Answer):
+    """The names of the served models."""
+
+    data: list[str] = Field(examples=[["all-MiniLM-L6-v2"]])
+    object: Literal["list"]
+
+
+class OpenAIModel(_Answer):
+    """A model as OpenAI describes one."""
+
+    id: str
+    object: Literal["model"]
+    created: int = Field(description="Unix time of the weights, in seconds")
+    owned_by: str
+
+
+class OpenAIModels(_Answer):
+    """The served models."""
+
+    data: list[OpenAIModel]
+    object: Literal["list"]
+
+
+class ModelDetails(OpenAIModel):
+    """All there is to know of a served model."""
+
+    dims: int = Field(description="length of a full vector")
+    max_tokens: int = Field(description="longest input that isn't cut")
+    pooling: str
+    dimensions: list[int] | None = Field(description="the trained Matryoshka sizes")
+    prompts: dict[str, str]
+    backend: str
+    revision: str | None
+    sha256: str | None = Field(description="of model.safetensors")
+
+
+class ServerStatus(_Answer):
+    """Alive, or ready with every model."""
+
+    status: Literal["live", "ready"]
+    models: dict[str, str] | None = None
+
+
+class ErrorDetails(_Answer):
+    """What went wrong, for people and for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(_Answer):
+    """The one shape of every error."""
+
+    error: ErrorDetails
+
+
+Schema = TypeVar("Schema", bound=_Request)
+
+
+def parse(schema: type[Schema], body: bytes) -> Schema:
+    """``body`` as ``schema``; raises InvalidRequest naming the first field at fault."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"The body must be a JSON object, not {_json_type(value)}.")
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        raise _explain(schema, error) from None
+
+
+def _explain(schema: type[_Request], error: ValidationError) -> InvalidRequest:
+    problem = error.errors(include_url=False, include_context=False)[0]
+    field = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(schema.model_fields)
+        return InvalidRequest(
+            f"There is no field {field!r} here; there are: {known}.",
+            param=field,
+            code="unknown_field",
+        )
+    if problem["type"] == "missing":
+        return InvalidRequest(f"The field {field!r} is required.", param=field)
+    return InvalidRequest(f"{field!r}: {problem['msg']}.", param=field)

@@ -1,0 +1,119 @@
+"""Wires settings, models and routes into one ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from fastapi import FastAPI
+
+from embedding_server import __version__
+from embedding_server.api import embeddings, health, models
+from embedding_server.api.documentation import use_own_openapi
+from embedding_server.api.errors import add_error_handlers
+from embedding_server.api.middleware import ApiKeyMiddleware, RequestMiddleware
+from embedding_server.engine.engine import Limits
+from embedding_server.errors import ConfigurationError
+from embedding_server.models.catalog import DEFAULT_MODELS
+from embedding_server.models.hub import ModelSpec, parse_spec
+from embedding_server.models.loader import LoadOptions
+from embedding_server.models.registry import Registry
+from embedding_server.settings import Settings, available_cores
+from embedding_server.telemetry import Telemetry
+
+__all__ = ["create_app"]
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(
+    settings: Settings, *, on_load_error: Callable[[Exception], None] | None = None
+) -> FastAPI:
+    """The application of ``settings``; its models are loaded while it answers health already.
+
+    ``on_load_error`` is called if the models can't be served; without it the application
+    stays up and not ready. Raises ModelUnavailable for a --model that can't be understood, and
+    ConfigurationError for two of the same name.
+    """
+    telemetry = Telemetry()
+    registry = Registry(
+        _specs(settings),
+        load_options(settings),
+        telemetry=telemetry,
+        models_dir=settings.load_models_from,
+        hf_token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+    )
+
+    async def load() -> None:
+        try:
+            await registry.load()
+        except Exception as error:
+            logger.debug("loading failed", exc_info=error)
+            if on_load_error is None:
+                logger.critical("No model is served: %s", error)
+            else:
+                on_load_error(error)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(load(), name="loading models")
+        try:
+            yield
+        finally:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            await registry.close()
+
+    app = FastAPI(
+        title="embedding-server",
+        version=__version__,
+        description="Text in, sentence embeddings out.",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.state.settings = settings
+    app.state.telemetry = telemetry
+    app.state.registry = registry
+    for router in (embeddings.router, models.router, health.router):
+        app.include_router(router)
+    add_error_handlers(app)
+    use_own_openapi(app)
+    # The last added is the outermost: a refused key has a log line and an id, too.
+    keys = [key.get_secret_value() for key in settings.api_key]
+    app.add_middleware(ApiKeyMiddleware, keys=keys)
+    app.add_middleware(RequestMiddleware, telemetry=telemetry)
+    return app
+
+
+def _specs(settings: Settings) -> list[ModelSpec]:
+    if not settings.model:
+        return [parse_spec(name, requested=False) for name in DEFAULT_MODELS]
+    specs = [parse_spec(text, revision=settings.revision) for text in settings.model]
+    if settings.served_model_name:
+        names = zip(specs, settings.served_model_name, strict=True)
+        specs = [replace(spec, name=name) for spec, name in names]
+    twice = {spec.name for spec in specs if [s.name for s in specs].count(spec.name) > 1}
+    if twice:
+        raise ConfigurationError(
+            f"More than one --model would be served as {', '.join(sorted(twice))}: give each a "
+            "name of its own with --served-model-name."
+        )
+    return specs
+
+
+def load_options(settings: Settings) -> LoadOptions:
+    """How ``settings`` want models to be run."""
+    return LoadOptions(
+        backend=settings.backend,
+        threads=settings.threads or available_cores(),
+        onnx_file=settings.onnx_file,
+        max_batch_tokens=settings.max_batch_tokens,
+        limits=Limits(
+            max_concurrent_requests=settings.max_concurrent_requests,
+            max_queued_tokens=settings.max_queued_tokens,
+            max_request_tokens=settings.max_request_tokens,
+        ),
+    )

@@ -1,0 +1,88 @@
+"""What a backend is, and the table of those there are; importing it loads none of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding_server.engine.batch import Batch
+
+__all__ = ["BACKENDS", "Backend", "BackendOptions", "Module", "Pipeline", "backend_class"]
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One entry of ``modules.json`` after the transformer."""
+
+    kind: str
+    """The class's own name: ``Pooling``, ``Dense``, ``Normalize``."""
+    folder: Path
+    config: Mapping[str, Any]
+    """Its ``config.json``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What a model's folder asks to be computed; each backend refuses what it can't."""
+
+    folder: Path
+    """The whole sentence-transformers model."""
+    transformer: Path
+    """The folder of ``config.json``, the weights and the tokenizer."""
+    config: Mapping[str, Any]
+    """``config.json``."""
+    modules: tuple[Module, ...]
+    """What follows the transformer, in order."""
+
+    @property
+    def pad_token_id(self) -> int:
+        return int(self.config.get("pad_token_id") or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class BackendOptions:
+    """How to run it."""
+
+    threads: int
+    onnx_file: str | None = None
+
+
+class Backend(Protocol):
+    """A ``Batch`` in, one pooled vector for each of its sequences out."""
+
+    dims: int
+    """Length of a vector."""
+    padded: bool
+    """Whether a batch costs its size times its longest sequence."""
+    default_batch_tokens: int
+    """The budget of a batch that this device computes best."""
+
+    @classmethod
+    def load(cls, pipeline: Pipeline, options: BackendOptions) -> Self:
+        """Load the model; raises ModelNotSupported for what it can't compute exactly."""
+        ...
+
+    def embed(self, batch: Batch) -> NDArray[np.float32]:
+        """float32 [len(batch), dims], not normalised; called from one thread at a time."""
+        ...
+
+
+BACKENDS: Mapping[str, str] = {
+    "onnx": "embedding_server.backends.onnx:PackedBackend",
+    "onnx-file": "embedding_server.backends.onnx:OnnxFileBackend",
+    "torch": "embedding_server.backends.torch:TorchBackend",
+}
+"""Name -> ``module:Class``, imported on use."""
+
+
+def backend_class(name: str) -> type[Backend]:
+    """The class of the backend ``name``, imported now."""
+    module, _, attribute = BACKENDS[name].partition(":")
+    loaded: type[Backend] = getattr(importlib.import_module(module), attribute)
+    return loaded

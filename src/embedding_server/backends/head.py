@@ -1,0 +1,148 @@
+"""The modules after the transformer: pooling and dense layers, in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding_server.backends.base import Module, Pipeline
+from embedding_server.backends.pooling import POOLINGS, pool
+from embedding_server.engine.batch import Batch
+from embedding_server.errors import ModelNotSupported
+
+__all__ = ["Head", "pooling_modes"]
+
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+"""The older config's booleans, in the order in which sentence-transformers concatenates."""
+
+_POOLING_KEYS = {"word_embedding_dimension", "embedding_dimension", "include_prompt"}
+
+_ACTIVATIONS: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
+    "torch.nn.modules.activation.Tanh": np.tanh,
+    "torch.nn.modules.linear.Identity": lambda x: x,
+}
+
+_DENSE_KEYS = {
+    "in_features",
+    "out_features",
+    "bias",
+    "activation_function",
+    "module_input_name",
+    "module_output_name",
+    "use_residual",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32] | None
+    activation: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+    def __call__(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        vectors = vectors @ self.weight.T
+        return self.activation(vectors if self.bias is None else vectors + self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Packed states in, vectors out: ``Pooling``, any ``Dense``, and no final ``Normalize``."""
+
+    modes: tuple[str, ...]
+    dense: tuple[_Dense, ...]
+    dims: int
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Pipeline, hidden: int) -> Self:
+        """The head over states of width ``hidden``.
+
+        Raises ModelNotSupported for a module or an option that isn't computed here.
+        """
+        modules = list(pipeline.modules)
+        while modules and modules[-1].kind == "Normalize":
+            modules.pop()
+        if not modules or modules[0].kind != "Pooling":
+            first = modules[0].kind if modules else "nothing"
+            raise ModelNotSupported(f"Pooling must follow the transformer, not {first}.")
+        modes = pooling_modes(modules[0].config)
+        dims = hidden * len(modes)
+        dense = []
+        for module in modules[1:]:
+            if module.kind != "Dense":
+                raise ModelNotSupported(f"The module {module.kind} is not computed here.")
+            layer = _load_dense(module)
+            if layer.weight.shape[1] != dims:
+                raise ModelNotSupported(
+                    f"{module.folder} takes {layer.weight.shape[1]} values, not the {dims} it gets."
+                )
+            dims = layer.weight.shape[0]
+            dense.append(layer)
+        return cls(modes, tuple(dense), dims)
+
+    def __call__(self, states: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
+        """Packed ``states`` [T, hidden] to float32 [n, dims]."""
+        vectors = pool(states, batch, self.modes)
+        for layer in self.dense:
+            vectors = layer(vectors)
+        return vectors
+
+
+def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The modes of a ``Pooling`` config, of either generation.
+
+    Raises ModelNotSupported for a mode or a key that isn't known.
+    """
+    unknown = set(config) - _POOLING_KEYS - set(_POOLING_FLAGS) - {"pooling_mode"}
+    if unknown:
+        raise ModelNotSupported(
+            f"Pooling has options not known here: {', '.join(sorted(unknown))}."
+        )
+    if "pooling_mode" in config:
+        mode = config["pooling_mode"]
+        modes = (mode,) if isinstance(mode, str) else tuple(mode)
+    elif any(flag in config for flag in _POOLING_FLAGS):
+        modes = tuple(mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag))
+    else:
+        modes = ("mean",)
+    unsupported = [mode for mode in modes if mode not in POOLINGS]
+    if unsupported or not modes:
+        raise ModelNotSupported(
+            f"Pooling {', '.join(map(repr, unsupported)) or 'by no mode'} is not computed here; "
+            f"there are {', '.join(POOLINGS)}."
+        )
+    return modes
+
+
+def _load_dense(module: Module) -> _Dense:
+    from safetensors.numpy import load_file
+
+    unknown = set(module.config) - _DENSE_KEYS
+    residual = module.config.get("use_residual", False)
+    rewired = [
+        key
+        for key in ("module_input_name", "module_output_name")
+        if module.config.get(key, "sentence_embedding") not in (None, "sentence_embedding")
+    ]
+    if unknown or residual or rewired:
+        what = ", ".join([*sorted(unknown), *rewired, *(["use_residual"] if residual else [])])
+        raise ModelNotSupported(f"{module.folder} has options not computed here: {what}.")
+    name = module.config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    if name not in _ACTIVATIONS:
+        raise ModelNotSupported(f"{module.folder} has the activation {name!r}, not computed here.")
+    path = module.folder / "model.safetensors"
+    if not path.is_file():
+        raise ModelNotSupported(f"{module.folder} has no model.safetensors.")
+    tensors = {key: np.asarray(value, np.float32) for key, value in load_file(path).items()}
+    bias = tensors.get("linear.bias") if module.config.get("bias", True) else None
+    return _Dense(tensors["linear.weight"], bias, _ACTIVATIONS[name])

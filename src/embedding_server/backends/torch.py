@@ -1,0 +1,85 @@
+"""The reference: the whole sentence-transformers pipeline on PyTorch, on the device it finds."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding_server.backends.base import BackendOptions, Pipeline
+from embedding_server.engine.batch import Batch
+from embedding_server.errors import ModelNotSupported
+
+__all__ = ["TorchBackend"]
+
+
+class TorchBackend:
+    """sentence-transformers without its tokenizer and without a final ``Normalize``."""
+
+    padded = True
+
+    def __init__(self, model: Any, pad_token_id: int) -> None:
+        self._model = model
+        self._pad_token_id = pad_token_id
+        self.dims = int(model.get_embedding_dimension())
+        # A GPU fills up at thousands of tokens; a CPU gains nothing past a few hundred.
+        self.default_batch_tokens = 1024 if str(model.device) == "cpu" else 16_384
+
+    @classmethod
+    def load(cls, pipeline: Pipeline, options: BackendOptions) -> Self:
+        """Load ``pipeline.folder``; raises ModelNotSupported without the extra or if it fails."""
+        try:
+            import torch
+            from sentence_transformers import SentenceTransformer
+            from sentence_transformers.base.modules import Normalize
+        except ImportError as error:
+            raise ModelNotSupported(
+                f"The torch backend needs the extra [torch] ({error}): "
+                "pip install 'embedding-server[torch]'."
+            ) from None
+        torch.set_num_threads(options.threads)
+        try:
+            model = SentenceTransformer(
+                str(pipeline.folder),
+                trust_remote_code=False,
+                local_files_only=True,
+                # Half-precision weights are computed in float32, as every backend does.
+                model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+            )
+        except Exception as error:
+            raise ModelNotSupported(
+                f"sentence-transformers can't load {pipeline.folder}: {error}"
+            ) from error
+        # Scaling belongs to the request (`normalize`), so the model stops before it.
+        while isinstance(model[-1], Normalize):
+            del model[-1]
+        model.eval()
+        return cls(model, pipeline.pad_token_id)
+
+    def embed(self, batch: Batch) -> NDArray[np.float32]:
+        """float32 [len(batch), dims]; see ``Backend.embed``."""
+        ids, mask = batch.padded(self._pad_token_id)
+        vectors = np.empty((len(batch), self.dims), dtype=np.float32)
+        # sentence-transformers takes one prompt length a batch.
+        for prompt in np.unique(batch.prompt_lengths):
+            rows = np.flatnonzero(batch.prompt_lengths == prompt)
+            vectors[rows] = self._forward(ids[rows], mask[rows], int(prompt))
+        return vectors
+
+    def _forward(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], prompt: int
+    ) -> NDArray[np.float32]:
+        import torch
+
+        device = self._model.device
+        features: dict[str, Any] = {
+            "input_ids": torch.from_numpy(ids).to(device),
+            "attention_mask": torch.from_numpy(mask).to(device),
+            "modality": "text",
+        }
+        if prompt:
+            features["prompt_length"] = prompt
+        with torch.inference_mode():
+            vectors = self._model(features)["sentence_embedding"]
+        return np.asarray(vectors.float().cpu().numpy(), dtype=np.float32)

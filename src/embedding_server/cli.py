@@ -1,0 +1,160 @@
+"""The command line: ``embedding-server serve | models | embed``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from embedding_server import __version__
+from embedding_server.errors import EmbeddingServerError
+from embedding_server.settings import ENV_PREFIX, Row, load_settings, rows
+
+__all__ = ["build_parser", "main"]
+
+_DESCRIPTION = """\
+Turns text into sentence embeddings: exact to sentence-transformers, without torch.
+
+  embedding-server serve                            serve on http://127.0.0.1:5000
+  embedding-server serve --model all-MiniLM-L6-v2   one model
+  embedding-server embed --model all-MiniLM-L6-v2 texts.txt -o vectors.npy
+  embedding-server models list                      what there is, and where
+"""
+
+_SETTINGS_NOTE = (
+    f"Every setting is also an environment variable ({ENV_PREFIX}PORT=5000) and a key of a TOML "
+    "file given with --config (port = 5000). A flag wins over the environment, which wins over "
+    "the file."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 for what went wrong, 2 for a wrong usage."""
+    parser = build_parser()
+    options = vars(parser.parse_args(arguments))
+    command = options.pop("command")
+    if command is None:
+        parser.print_help()
+        return 2
+    try:
+        return _run(command, options)
+    except EmbeddingServerError as error:
+        print(f"embedding-server: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; every setting's flag comes from its row."""
+    parser = argparse.ArgumentParser(
+        prog="embedding-server",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"embedding-server {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="serve | models | embed")
+    serve = commands.add_parser(
+        "serve", help="answer HTTP requests", description="Answer HTTP requests."
+    )
+    _add_settings(serve, "serve")
+    models = commands.add_parser(
+        "models", help="list models, or save them to a folder", description="What can be served."
+    )
+    actions = models.add_subparsers(dest="action", metavar="list | pull", required=True)
+    listing = actions.add_parser("list", help="what would be served, where it is, and its size")
+    listing.add_argument("--json", action="store_true", help="one JSON object a line")
+    _add_settings(listing, "list")
+    pulling = actions.add_parser("pull", help="save models in the hub's layout")
+    pulling.add_argument(
+        "name", nargs="+", help="a catalog name, a hub id with optional @revision, or a folder"
+    )
+    pulling.add_argument(
+        "--to", required=True, type=Path, metavar="DIR", help="where to: DIR/<name>"
+    )
+    _add_settings(pulling, "pull")
+    embed = commands.add_parser(
+        "embed",
+        help="embed files or standard input, without a server",
+        description="Embed a text a line, or a field of JSON lines, in order.",
+    )
+    embed.add_argument(
+        "files",
+        nargs="*",
+        default=["-"],
+        metavar="FILE",
+        help="files to read; - or none for standard input",
+    )
+    embed.add_argument(
+        "-o", "--output", default="-", metavar="FILE",
+        help="FILE.jsonl, FILE.npy or FILE.parquet; - (default) for JSON lines to standard output",
+    )  # fmt: skip
+    embed.add_argument(
+        "--field", help="the input is JSON lines; embed the string under this key of each"
+    )
+    embed.add_argument("--dimensions", type=int, help="cut each vector to that many values")
+    embed.add_argument("--input-type", help="query, document, or a prompt's name")
+    embed.add_argument("--prompt", help="text to prepend to every input")
+    embed.add_argument(
+        "--truncate", action=argparse.BooleanOptionalAction, default=True,
+        help="cut over-long texts (default), or stop at the first",
+    )  # fmt: skip
+    embed.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, default=True,
+        help="scale vectors to length 1 (default), or leave the model's own output",
+    )  # fmt: skip
+    _add_settings(embed, "embed")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, command: str) -> None:
+    group = parser.add_argument_group("settings", _SETTINGS_NOTE)
+    group.add_argument(
+        "--config", type=Path, metavar="FILE", help=f"TOML file of settings [{ENV_PREFIX}CONFIG]"
+    )
+    for row in rows():
+        if command in row.commands:
+            _add_flag(group, row)
+
+
+def _add_flag(group: argparse._ArgumentGroup, row: Row) -> None:
+    default = "" if row.default in (None, ()) else f" (default: {row.default})"
+    help = f"{row.help}{default} [{row.env}]".replace("%", "%%")
+    # Absent flags stay out of the way of the environment and the file.
+    group.add_argument(
+        row.flag,
+        action="append" if row.kind == "list" else "store",
+        choices=row.choices,
+        default=argparse.SUPPRESS,
+        metavar=None if row.choices else row.name.upper(),
+        help=help,
+    )
+
+
+def _run(command: str, options: dict[str, Any]) -> int:
+    known = {row.name for row in rows()}
+    flags = {name: options.pop(name) for name in list(options) if name in known}
+    settings = load_settings(flags, options.pop("config"))
+
+    from embedding_server.logs import set_up_logging
+
+    set_up_logging(settings.log_format, settings.log_level)
+    if command == "serve":
+        from embedding_server.server import serve
+
+        return serve(settings)
+    if command == "embed":
+        from embedding_server.corpus import CorpusOptions, embed_corpus
+
+        return embed_corpus(settings, CorpusOptions(**options))
+    from embedding_server.models.inventory import list_models, pull_models
+
+    if options["action"] == "list":
+        return list_models(settings, as_json=options["json"])
+    return pull_models(settings, options["name"], options["to"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The ``embed`` command: texts from files to vectors in files, in order and in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import orjson
+from tqdm import tqdm
+
+from embedding_server.embedder import Embedder
+from embedding_server.engine.engine import Embeddings, EmbedParams
+from embedding_server.errors import ConfigurationError, EmbeddingServerError, InvalidRequest
+from embedding_server.settings import Settings
+from embedding_server.writers import Writer, writer_for
+
+__all__ = ["CorpusOptions", "embed_corpus"]
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_TEXTS = 256
+_CHUNK_CHARACTERS = 256 * 1024
+_CHUNKS_AHEAD = 3
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusOptions:
+    """What the command line asks, beside the settings."""
+
+    files: Sequence[str]
+    output: str = "-"
+    field: str | None = None
+    dimensions: int | None = None
+    input_type: str | None = None
+    prompt: str | None = None
+    truncate: bool = True
+    normalize: bool = True
+
+    @property
+    def params(self) -> EmbedParams:
+        return EmbedParams(
+            dimensions=self.dimensions,
+            input_type=self.input_type,
+            prompt=self.prompt,
+            truncate=self.truncate,
+            normalize=self.normalize,
+        )
+
+
+class BadLine(EmbeddingServerError):
+    """A line that can't be read or embedded."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    file: str
+    number: int
+    text: str
+
+    def error(self, reason: str) -> BadLine:
+        return BadLine(f"{self.file}, line {self.number}: {reason}")
+
+
+def embed_corpus(settings: Settings, options: CorpusOptions) -> int:
+    """Embed every line of ``options.files``; returns the exit code.
+
+    Raises BadLine, naming file and line, for one that can't be embedded; a file of output is
+    then left as it was before.
+    """
+    if len(settings.model) != 1:
+        raise ConfigurationError("embed needs exactly one --model, as --model all-MiniLM-L6-v2.")
+    _check_readable(options.files)
+    open_writer = writer_for(options.output)
+    with _open_embedder(settings) as embedder:
+        try:
+            with open_writer(options.dimensions or embedder.info.dims) as writer:
+                _embed_all(embedder, options, writer)
+        except BrokenPipeError:  # the reader, as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _open_embedder(settings: Settings) -> Embedder:
+    token = settings.hf_token
+    return Embedder(
+        settings.model[0],
+        revision=settings.revision,
+        backend=settings.backend,
+        onnx_file=settings.onnx_file,
+        threads=settings.threads,
+        max_batch_tokens=settings.max_batch_tokens,
+        load_models_from=settings.load_models_from,
+        hf_token=token.get_secret_value() if token else None,
+    )
+
+
+def _embed_all(embedder: Embedder, options: CorpusOptions, writer: Writer) -> None:
+    total = cut = 0
+    first_cut: _Line | None = None
+    with tqdm(unit=" texts", disable=not sys.stderr.isatty()) as progress:
+        for lines, embeddings in _embedded(embedder, options):
+            writer.write(embeddings)
+            for line, encoding in zip(lines, embeddings.encodings, strict=True):
+                if encoding.truncated:
+                    cut += 1
+                    first_cut = first_cut or line
+            total += len(lines)
+            progress.update(len(lines))
+    logger.info("embedded %d texts", total)
+    if first_cut is not None:
+        logger.warning(
+            "%d of %d texts were cut to the %d tokens that %s takes, the first in %s, line %d",
+            *(cut, total, embedder.info.max_tokens, embedder.info.name),
+            *(first_cut.file, first_cut.number),
+        )
+
+
+def _embedded(
+    embedder: Embedder, options: CorpusOptions
+) -> Iterator[tuple[list[_Line], Embeddings]]:
+    """Chunk by chunk, in order, reading a few chunks ahead and never further.
+
+    What stands before a bad line is still yielded.
+    """
+    waiting: deque[tuple[list[_Line], Future[Embeddings]]] = deque()
+    bad_line: BadLine | None = None
+    with ThreadPoolExecutor(_CHUNKS_AHEAD) as pool:
+        try:
+            for lines in _chunks(options.files, options.field):
+                texts = [line.text for line in lines]
+                waiting.append((lines, pool.submit(embedder.embed_detailed, texts, options.params)))
+                if len(waiting) > _CHUNKS_AHEAD:
+                    yield _finished(*waiting.popleft())
+        except BadLine as error:
+            bad_line = error
+        while waiting:
+            yield _finished(*waiting.popleft())
+    if bad_line is not None:
+        raise bad_line
+
+
+def _finished(lines: list[_Line], future: Future[Embeddings]) -> tuple[list[_Line], Embeddings]:
+    try:
+        return lines, future.result()
+    except InvalidRequest as error:
+        if error.index is None:
+            raise
+        raise lines[error.index].error(error.reason) from None
+
+
+def _chunks(files: Sequence[str], field: str | None) -> Iterator[list[_Line]]:
+    chunk: list[_Line] = []
+    characters = 0
+    try:
+        for line in _lines(files, field):
+            chunk.append(line)
+            characters += len(line.text)
+            if len(chunk) >= _CHUNK_TEXTS or characters >= _CHUNK_CHARACTERS:
+                yield chunk
+                chunk, characters = [], 0
+    except BadLine:
+        if chunk:
+            yield chunk
+        raise
+    if chunk:
+        yield chunk
+
+
+def _lines(files: Sequence[str], field: str | None) -> Iterator[_Line]:
+    for file in files:
+        name = "standard input" if file == "-" else file
+        with contextlib.ExitStack() as stack:
+            stream = sys.stdin.buffer if file == "-" else stack.enter_context(Path(file).open("rb"))
+            for number, raw in enumerate(stream, start=1):
+                yield _read_line(_Line(name, number, ""), raw, field)
+
+
+def _read_line(line: _Line, raw: bytes, field: str | None) -> _Line:
+    try:
+        text = raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise line.error(f"not UTF-8 at byte {error.start}; convert the file first") from None
+    if field is None:
+        return replace(line, text=text)
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise line.error(f"not JSON ({error})") from None
+    if not isinstance(value, dict) or not isinstance(value.get(field), str):
+        raise line.error(f"not an object with a string under {field!r}")
+    return replace(line, text=value[field])
+
+
+def _check_readable(files: Sequence[str]) -> None:
+    """Fail before a model is loaded, rather than at the last of many files."""
+    for file in files:
+        if file != "-" and not os.access(file, os.R_OK):
+            raise ConfigurationError(f"The file {file} does not exist or can't be read.")

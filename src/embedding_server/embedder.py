@@ -1,0 +1,157 @@
+"""The engine without a server, for scripts and notebooks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding_server.engine.engine import Embeddings, EmbedParams, Engine, Limits
+from embedding_server.engine.info import ModelInfo
+from embedding_server.engine.postprocess import OutputDtype
+from embedding_server.engine.tokenizer import Input
+from embedding_server.models.hub import parse_spec
+from embedding_server.models.loader import LoadOptions
+from embedding_server.models.registry import Registry
+from embedding_server.settings import available_cores
+from embedding_server.telemetry import Telemetry
+
+__all__ = ["Embedder"]
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_NO_LIMITS = Limits(
+    max_concurrent_requests=2**31, max_queued_tokens=2**63, max_request_tokens=2**63
+)
+
+
+class Embedder:
+    """One model, ready to embed: ``Embedder("all-MiniLM-L6-v2").embed(["iPhone"])``.
+
+    Takes what ``--model`` takes. Safe to use from several threads, whose texts then share
+    batches. Raises ModelError if the model can't be had or run.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        backend: str = "auto",
+        onnx_file: str | None = None,
+        threads: int | None = None,
+        max_batch_tokens: int | None = None,
+        load_models_from: Path | str | None = None,
+        hf_token: str | None = None,
+    ) -> None:
+        # A loop of its own, so that it also works where one is running, as in a notebook.
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="embedder", daemon=True)
+        self._thread.start()
+        self._closed = False
+        try:
+            self._registry = Registry(
+                [parse_spec(model, revision=revision)],
+                LoadOptions(
+                    backend=backend,
+                    threads=threads or available_cores(),
+                    limits=_NO_LIMITS,
+                    onnx_file=onnx_file,
+                    max_batch_tokens=max_batch_tokens,
+                ),
+                telemetry=Telemetry(),
+                models_dir=Path(load_models_from) if load_models_from else None,
+                hf_token=hf_token,
+            )
+            self._call(self._registry.load())
+        except BaseException:
+            self._stop_loop()
+            raise
+        self._engine: Engine = next(iter(self._registry))
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the model is: ``info.dims``, ``info.max_tokens``, ``info.prompts``."""
+        return self._engine.info
+
+    def embed(
+        self,
+        inputs: Sequence[Input],
+        *,
+        dimensions: int | None = None,
+        input_type: str | None = None,
+        prompt: str | None = None,
+        truncate: bool = True,
+        normalize: bool = True,
+        output_dtype: OutputDtype = "float",
+    ) -> NDArray[Any]:
+        """One vector for each text, float32 [len(inputs), dims], in their order.
+
+        The options are those of ``/v1/embeddings``; texts that had to be cut are told in a log
+        warning. Raises InvalidRequest for inputs or options the model can't take,
+        InferenceFailed if it fails on them.
+        """
+        params = EmbedParams(
+            dimensions=dimensions,
+            input_type=input_type,
+            prompt=prompt,
+            truncate=truncate,
+            normalize=normalize,
+            output_dtype=output_dtype,
+        )
+        if isinstance(inputs, str):
+            raise TypeError("embed() takes a list of texts: write embed([text])")
+        if not len(inputs):
+            return np.empty((0, dimensions or self.info.dims), dtype=np.float32)
+        answer = self.embed_detailed(inputs, params)
+        if answer.truncated:
+            logger.warning(
+                "%d of %d texts were cut to the %d tokens that %s takes",
+                *(answer.truncated, len(inputs), self.info.max_tokens, self.info.name),
+            )
+        return answer.vectors
+
+    def embed_detailed(self, inputs: Sequence[Input], params: EmbedParams) -> Embeddings:
+        """As ``embed``, with every input's length and whether it was cut; at least one input."""
+        return self._call(self._engine.embed(inputs, params))
+
+    def close(self) -> None:
+        """Stop the engine and its threads; the embedder can't be used after."""
+        if not self._closed:
+            self._closed = True
+            self._call(self._registry.close())
+            self._stop_loop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
+        future: Future[Result] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C here must stop the work there
+            future.cancel()
+            raise
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

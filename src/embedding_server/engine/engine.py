@@ -1,0 +1,386 @@
+"""One model at work: requests in, vectors out, batched together on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding_server.engine.batch import Batch, Encoding, Entry
+from embedding_server.engine.info import ModelInfo
+from embedding_server.engine.postprocess import OutputDtype, postprocess
+from embedding_server.engine.scheduler import Scheduler
+from embedding_server.engine.tokenizer import Input, Tokenizer
+from embedding_server.errors import InferenceFailed, InvalidRequest, NotReady, Overloaded
+from embedding_server.telemetry import ModelMetrics
+
+__all__ = ["EmbedParams", "Embeddings", "Engine", "Limits"]
+
+logger = logging.getLogger(__name__)
+
+# Up to here tokenising takes about a millisecond, less than handing it to a thread and the
+# noise that adds; past it the event loop would be kept from other requests.
+_INLINE_CHARACTERS = 4096
+_INLINE_VALUES = 32 * 1024
+
+_PROMPT_SYNONYMS = {
+    "query": ("query", "search_query"),
+    "document": ("document", "passage", "corpus", "search_document"),
+}
+"""What ``input_type`` may mean: the first of these prompts that the model has, else none."""
+
+
+class _Backend(Protocol):
+    @property
+    def dims(self) -> int: ...
+
+    @property
+    def padded(self) -> bool: ...
+
+    def embed(self, batch: Batch) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one engine takes at a time."""
+
+    max_concurrent_requests: int
+    max_queued_tokens: int
+    max_request_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedParams:
+    """What one request wants of its vectors."""
+
+    dimensions: int | None = None
+    input_type: str | None = None
+    prompt: str | None = None
+    truncate: bool = True
+    normalize: bool = True
+    output_dtype: OutputDtype = "float"
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """The answer to one request, in the order of its inputs."""
+
+    vectors: NDArray[Any]
+    """[n, dimensions] float32, int8 or uint8; see ``postprocess``."""
+    encodings: Sequence[Encoding]
+    dimensions: int
+    """Values in each vector before bits were packed."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were computed, special tokens and prompts included."""
+        return sum(len(encoding.ids) for encoding in self.encodings)
+
+    @property
+    def truncated(self) -> int:
+        """How many inputs were cut."""
+        return sum(encoding.truncated for encoding in self.encodings)
+
+
+class _Request:
+    """A request's vectors as they come in; done when none is missing."""
+
+    __slots__ = ("arrived", "future", "missing", "vectors")
+
+    def __init__(self, size: int, dims: int, future: asyncio.Future[None]) -> None:
+        self.vectors = np.empty((size, dims), dtype=np.float32)
+        self.missing = size
+        self.future = future
+        self.arrived = time.perf_counter()
+
+    def deliver(self, index: int, vector: NDArray[np.float32]) -> None:
+        self.vectors[index] = vector
+        self.missing -= 1
+        if not self.missing and not self.future.done():
+            self.future.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class Engine:
+    """Admission, the batch loop and the executor of one model.
+
+    ``executor`` runs the backend, and is shared by all engines of a process: one batch at a
+    time has all cores, and models take turns. Call ``start`` in the event loop that will
+    call ``embed``.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        tokenizer: Tokenizer,
+        backend: _Backend,
+        *,
+        scheduler: Scheduler,
+        limits: Limits,
+        executor: Executor,
+        metrics: ModelMetrics,
+    ) -> None:
+        self.info = info
+        self._tokenizer = tokenizer
+        self._backend = backend
+        self._scheduler = scheduler
+        self._limits = limits
+        self._executor = executor
+        self._metrics = metrics
+        self._pending: set[_Request] = set()
+        self._admitted = 0
+        self._tokens_per_second: float | None = None
+        self._wake = asyncio.Event()
+        self._loop_task: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the batch loop is running."""
+        return self._loop_task is not None and self._failure is None
+
+    def start(self) -> None:
+        """Start the batch loop in the running event loop."""
+        self._loop_task = asyncio.get_running_loop().create_task(
+            self._run(), name=f"batches of {self.info.name}"
+        )
+        self._loop_task.add_done_callback(self._loop_ended)
+
+    async def close(self) -> None:
+        """Stop the batch loop; whatever still waits fails with NotReady."""
+        task = self._loop_task
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def embed(self, inputs: Sequence[Input], params: EmbedParams) -> Embeddings:
+        """The vectors of ``inputs``: all texts, or all lists of token ids.
+
+        Raises InvalidRequest for parameters or inputs this model can't take, Overloaded when
+        the queue is full, InferenceFailed when its batch failed, NotReady when closed.
+        """
+        if not self.ready:
+            raise NotReady(f"The model {self.info.name!r} is not running.")
+        dimensions = self._check_dimensions(params.dimensions)
+        prompt = self._prompt(params)
+        if self._admitted >= self._limits.max_concurrent_requests:
+            raise self._overloaded(f"{self._admitted} requests are being served already")
+        self._admitted += 1
+        self._metrics.queue_requests.set(self._admitted)
+        try:
+            encodings = await self._tokenize(inputs, prompt, params.truncate)
+            vectors = await self._compute(encodings)
+            answer = await self._finish(vectors, encodings, dimensions, params)
+        finally:
+            self._admitted -= 1
+            self._metrics.queue_requests.set(self._admitted)
+        self._metrics.inputs.inc(len(encodings))
+        self._metrics.tokens.inc(answer.tokens)
+        self._metrics.truncated_inputs.inc(answer.truncated)
+        return answer
+
+    def _check_dimensions(self, dimensions: int | None) -> int | None:
+        if dimensions is None:
+            return None
+        if self.info.dimensions is None:
+            raise InvalidRequest(
+                f"The model {self.info.name!r} was not trained for shorter vectors: leave out "
+                f"'dimensions' and take its {self.info.dims} values.",
+                param="dimensions",
+            )
+        if not 1 <= dimensions <= self.info.dims:
+            raise InvalidRequest(
+                f"'dimensions' must be from 1 to {self.info.dims} for the model "
+                f"{self.info.name!r}; it was trained for "
+                f"{', '.join(map(str, self.info.dimensions))}.",
+                param="dimensions",
+            )
+        return dimensions
+
+    def _prompt(self, params: EmbedParams) -> str:
+        if params.prompt is not None:
+            if params.input_type is not None:
+                raise InvalidRequest(
+                    "Send 'input_type' or 'prompt', not both: each says what to prepend.",
+                    param="prompt",
+                )
+            return params.prompt
+        name = params.input_type or self.info.default_prompt
+        if name is None:
+            return ""
+        for candidate in _PROMPT_SYNONYMS.get(name, (name,)):
+            if candidate in self.info.prompts:
+                return self.info.prompts[candidate]
+        if name in _PROMPT_SYNONYMS:
+            return ""  # as sentence-transformers' encode_query and encode_document
+        known = ", ".join(repr(prompt) for prompt in self.info.prompts) or "none"
+        raise InvalidRequest(
+            f"The model {self.info.name!r} has no prompt {name!r}; it has: {known}.",
+            param="input_type",
+        )
+
+    async def _tokenize(
+        self, inputs: Sequence[Input], prompt: str, truncate: bool
+    ) -> list[Encoding]:
+        started = time.perf_counter()
+
+        def work() -> list[Encoding]:
+            return self._tokenizer.encode(inputs, prompt=prompt, truncate=truncate)
+
+        size = sum(map(len, inputs)) + len(inputs) * len(prompt)
+        encodings = work() if size <= _INLINE_CHARACTERS else await asyncio.to_thread(work)
+        self._metrics.tokenize_duration.observe(time.perf_counter() - started)
+        tokens = sum(len(encoding.ids) for encoding in encodings)
+        if tokens > self._limits.max_request_tokens:
+            raise InvalidRequest(
+                f"The request has {tokens} tokens in {len(encodings)} inputs; at most "
+                f"{self._limits.max_request_tokens} are taken at once. Send it in parts.",
+                param="input",
+                code="request_too_large",
+            )
+        return encodings
+
+    async def _compute(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
+        """Queue every input or none, and wait for their vectors."""
+        if not self.ready:
+            raise NotReady(f"The model {self.info.name!r} is shutting down.")
+        tokens = sum(len(encoding.ids) for encoding in encodings)
+        waiting = self._scheduler.tokens
+        # A request that is larger than the whole queue must have its chance when it is empty.
+        if waiting and waiting + tokens > self._limits.max_queued_tokens:
+            raise self._overloaded(f"{waiting} tokens are waiting already")
+        request = _Request(
+            len(encodings), self._backend.dims, asyncio.get_running_loop().create_future()
+        )
+        self._pending.add(request)
+        self._scheduler.add(
+            [Entry(request, index, encoding) for index, encoding in enumerate(encodings)]
+        )
+        self._metrics.queue_tokens.set(self._scheduler.tokens)
+        self._wake.set()
+        try:
+            await request.future
+        finally:
+            self._pending.discard(request)
+            if request.missing:  # failed or cancelled: nobody wants the rest
+                self._scheduler.discard(request)
+                self._metrics.queue_tokens.set(self._scheduler.tokens)
+        return request.vectors
+
+    async def _finish(
+        self,
+        vectors: NDArray[np.float32],
+        encodings: Sequence[Encoding],
+        dimensions: int | None,
+        params: EmbedParams,
+    ) -> Embeddings:
+        def work() -> NDArray[Any]:
+            return postprocess(
+                vectors,
+                dimensions=dimensions,
+                layer_norm_first=self.info.layer_norm,
+                scale=params.normalize,
+                output_dtype=params.output_dtype,
+            )
+
+        finished = await _inline_or_thread(work, small=vectors.size <= _INLINE_VALUES)
+        return Embeddings(finished, encodings, dimensions or self.info.dims)
+
+    def _overloaded(self, what: str) -> Overloaded:
+        rate = self._tokens_per_second
+        wait = self._scheduler.tokens / rate if rate else 1.0
+        return Overloaded(
+            f"The model {self.info.name!r} is at its limit: {what}. Try again later.",
+            retry_after=max(1.0, wait),
+        )
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            entries = self._scheduler.next_batch()
+            if not entries:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            self._metrics.queue_tokens.set(self._scheduler.tokens)
+            started = time.perf_counter()
+            try:
+                batch = Batch.from_encodings([entry.encoding for entry in entries])
+                vectors = await loop.run_in_executor(self._executor, self._backend.embed, batch)
+            except Exception:
+                self._metrics.failed_batches.inc()
+                logger.exception("a batch of %d inputs failed on %s", len(entries), self.info.name)
+                self._fail(entries, "The model failed on this request; the server's log says why.")
+                continue
+            self._deliver(entries, batch, vectors, started)
+
+    def _deliver(
+        self,
+        entries: Sequence[Entry],
+        batch: Batch,
+        vectors: NDArray[np.float32],
+        started: float,
+    ) -> None:
+        seconds = time.perf_counter() - started
+        self._measure(batch, seconds)
+        if vectors.shape != (len(entries), self._backend.dims):
+            self._metrics.failed_batches.inc()
+            logger.error("%s gave vectors of shape %s", self.info.name, vectors.shape)
+            self._fail(entries, "The model gave an answer of the wrong shape.")
+            return
+        finite = [bool(np.isfinite(vector).all()) for vector in vectors]
+        if not all(finite):
+            self._metrics.failed_batches.inc()
+            logger.error("%s gave values that are not finite", self.info.name)
+            broken = [entry for entry, good in zip(entries, finite, strict=True) if not good]
+            self._fail(broken, "The model gave values that are not finite for this request.")
+        for entry, vector, good in zip(entries, vectors, finite, strict=True):
+            if good:
+                request = _request_of(entry)
+                self._metrics.queue_duration.observe(started - request.arrived)
+                request.deliver(entry.index, vector)
+
+    def _measure(self, batch: Batch, seconds: float) -> None:
+        metrics = self._metrics
+        metrics.inference_duration.observe(seconds)
+        metrics.batch_size.observe(len(batch))
+        metrics.batch_tokens.observe(batch.tokens)
+        if self._backend.padded:
+            metrics.padding_tokens.inc(len(batch) * batch.max_seqlen - batch.tokens)
+        rate = batch.tokens / max(seconds, 1e-9)
+        previous = self._tokens_per_second
+        self._tokens_per_second = rate if previous is None else 0.9 * previous + 0.1 * rate
+
+    def _fail(self, entries: Sequence[Entry], message: str) -> None:
+        for request in {_request_of(entry) for entry in entries}:
+            request.fail(InferenceFailed(message))
+            self._scheduler.discard(request)
+        self._metrics.queue_tokens.set(self._scheduler.tokens)
+
+    def _loop_ended(self, task: asyncio.Task[None]) -> None:
+        """Nothing may wait for a loop that is gone, and readiness must say so."""
+        failure = None if task.cancelled() else task.exception()
+        self._failure = failure or asyncio.CancelledError()
+        if failure is not None:
+            logger.critical("the batch loop of %s died", self.info.name, exc_info=failure)
+        for request in self._pending:
+            request.fail(NotReady(f"The model {self.info.name!r} has stopped."))
+
+
+async def _inline_or_thread(work: Callable[[], NDArray[Any]], *, small: bool) -> NDArray[Any]:
+    return work() if small else await asyncio.to_thread(work)
+
+
+def _request_of(entry: Entry) -> _Request:
+    assert isinstance(entry.request, _Request)
+    return entry.request

@@ -1,0 +1,70 @@
+"""The ``models`` command: what there is, where it lies, and saving it elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from embedding_server.errors import ModelUnavailable
+from embedding_server.models.catalog import DEFAULT_MODELS
+from embedding_server.models.hub import ModelSpec, locate, parse_spec, pull
+from embedding_server.settings import Settings
+
+__all__ = ["list_models", "pull_models"]
+
+
+def list_models(settings: Settings, *, as_json: bool) -> int:
+    """Print what ``serve`` would serve, where each model was found, and its size; returns 0."""
+    rows = []
+    for text in settings.model or DEFAULT_MODELS:
+        spec = parse_spec(text, revision=settings.revision)
+        rows.append(_row(spec, settings.load_models_from))
+    if as_json:
+        for row in rows:
+            sys.stdout.write(json.dumps(row) + "\n")
+        return 0
+    lines = [("NAME", "FOUND IN", "SIZE", "WHERE")]
+    lines += [
+        (
+            str(row["name"]),
+            str(row["origin"] or "-"),
+            _megabytes(row["bytes"]),
+            str(row["folder"] or f"to be downloaded from {row['repo']}"),
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line[:3], widths, strict=True)]
+        sys.stdout.write("  ".join([*cells, line[3]]) + "\n")
+    return 0
+
+
+def pull_models(settings: Settings, names: list[str], to: Path) -> int:
+    """Save each of ``names`` as ``to/<name>``; returns 0, or raises ModelUnavailable."""
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    to.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        folder = pull(parse_spec(name), to, models_dir=settings.load_models_from, token=token)
+        sys.stdout.write(f"{folder}\n")
+    return 0
+
+
+def _row(spec: ModelSpec, models_dir: Path | None) -> dict[str, object]:
+    row: dict[str, object] = {"name": spec.name, "repo": spec.repo, "revision": spec.revision}
+    try:
+        located = locate(spec, models_dir=models_dir, download=False)
+    except ModelUnavailable:
+        return row | {"origin": None, "folder": None, "bytes": None}
+    files = (path for path in located.folder.rglob("*") if path.is_file())
+    return row | {
+        "revision": located.revision,
+        "origin": located.origin,
+        "folder": str(located.folder),
+        "bytes": sum(path.stat().st_size for path in files),
+    }
+
+
+def _megabytes(size: object) -> str:
+    return f"{size / 1e6:.1f} MB" if isinstance(size, int) else "-"

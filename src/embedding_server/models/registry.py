@@ -1,0 +1,120 @@
+"""The models that are served: loaded, looked up by name, closed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from embedding_server.engine.engine import Engine
+from embedding_server.errors import ModelError, ModelNotFound, ModelUnavailable, NotReady
+from embedding_server.models.hub import ModelSpec, locate, verify
+from embedding_server.models.loader import LoadOptions, load_engine
+from embedding_server.telemetry import Telemetry
+
+__all__ = ["Registry"]
+
+logger = logging.getLogger(__name__)
+
+
+class Registry:
+    """Names to engines. Until ``load`` has returned, every look-up raises NotReady."""
+
+    def __init__(
+        self,
+        specs: Sequence[ModelSpec],
+        options: LoadOptions,
+        *,
+        telemetry: Telemetry,
+        models_dir: Path | None = None,
+        hf_token: str | None = None,
+    ) -> None:
+        self._specs = specs
+        self._options = options
+        self._telemetry = telemetry
+        self._models_dir = models_dir
+        self._hf_token = hf_token
+        self._engines: dict[str, Engine] = {}
+        self._loaded = False
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="inference")
+
+    async def load(self) -> None:
+        """Find, load and start every model.
+
+        Raises ModelError if a model that was asked for by name can't be had or run, or if no
+        model is left; a default model that can't be served is one warning.
+        """
+        for spec in self._specs:
+            try:
+                engine = await asyncio.to_thread(self._load_one, spec)
+            except ModelError as error:
+                if spec.requested:
+                    raise
+                logger.warning("%s is not served. %s", spec.name, error)
+                continue
+            engine.start()
+            self._engines[spec.name] = engine
+        if not self._engines:
+            raise ModelUnavailable("No model can be served; the warnings above say why.")
+        self._loaded = True
+
+    def _load_one(self, spec: ModelSpec) -> Engine:
+        started = time.perf_counter()
+        located = locate(
+            spec,
+            models_dir=self._models_dir,
+            token=self._hf_token,
+            onnx_file=self._options.onnx_file,
+        )
+        verify(located, spec)
+        engine = load_engine(
+            spec, located, self._options, executor=self._executor, telemetry=self._telemetry
+        )
+        logger.info(
+            "%s is ready: %s, %d dimensions, %d tokens, from %s (%s) in %.2f s",
+            *(spec.name, engine.info.backend, engine.info.dims, engine.info.max_tokens),
+            *(located.folder, located.origin, time.perf_counter() - started),
+        )
+        return engine
+
+    async def close(self) -> None:
+        """Stop every engine; what still waits fails with NotReady."""
+        await asyncio.gather(*(engine.close() for engine in self._engines.values()))
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all models are loaded and every engine runs."""
+        return self._loaded and all(engine.ready for engine in self._engines.values())
+
+    def status(self) -> dict[str, str]:
+        """``loading``, ``ready`` or ``failed`` for each model."""
+        states = {
+            name: "ready" if engine.ready else "failed" for name, engine in self._engines.items()
+        }
+        if not self._loaded:
+            states |= {spec.name: "loading" for spec in self._specs if spec.name not in states}
+        return states
+
+    def __getitem__(self, name: str) -> Engine:
+        """The engine of the served model ``name``; raises ModelNotFound or NotReady."""
+        self._check_loaded()
+        try:
+            return self._engines[name]
+        except KeyError:
+            served = ", ".join(self._engines)
+            raise ModelNotFound(
+                f"The model {name!r} is not served here; there are: {served}.", param="model"
+            ) from None
+
+    def __iter__(self) -> Iterator[Engine]:
+        """The engines in the order of ``/v1/models``; raises NotReady while loading."""
+        self._check_loaded()
+        return iter(self._engines.values())
+
+    def _check_loaded(self) -> None:
+        if not self._loaded:
+            raise NotReady("The server is starting: its models are being loaded.")

@@ -1,0 +1,77 @@
+"""Runs the application under an ASGI server, from a bound socket to the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+
+import uvicorn
+
+from embedding_server.app import create_app
+from embedding_server.errors import ConfigurationError
+from embedding_server.settings import Settings
+
+__all__ = ["serve"]
+
+logger = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until told to stop; the exit code is 1 if the models can't be served.
+
+    Raises ConfigurationError if the address can't be listened on, and ModelUnavailable for a
+    --model that can't be understood.
+    """
+    load_errors: list[Exception] = []
+
+    def stop_on(error: Exception) -> None:
+        load_errors.append(error)
+        server.should_exit = True
+
+    app = create_app(settings, on_load_error=stop_on)
+    listener = _listen(settings.host, settings.port)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=True,
+            timeout_keep_alive=75,
+        )
+    )
+    with listener:
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        logger.info("listening on http://%s:%d (API: /docs)", host, port)
+        # uvicorn has finished its requests when it raises this again.
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
+    for error in load_errors:
+        raise error
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before models are loaded so that a taken port fails at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise ConfigurationError(f"--host {host!r} is no address here: {error.strerror}.") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            f"Can't listen on {host} port {port}: {error.strerror}. Another program may use it; "
+            "choose another with --port."
+        ) from None
+    listener.set_inheritable(True)
+    return listener

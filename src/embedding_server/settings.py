@@ -1,0 +1,234 @@
+"""Every setting, one row each: flag, environment variable, TOML key and docs come from here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from embedding_server.errors import ConfigurationError
+
+__all__ = ["ENV_PREFIX", "Row", "Settings", "available_cores", "load_settings", "rows"]
+
+ENV_PREFIX = "EMBEDDING_SERVER_"
+
+# Which commands take a setting; ``list`` and ``pull`` are those of ``models``.
+_ALL = ("serve", "embed", "list", "pull")
+_MODELS = ("serve", "embed", "list")
+_INFERENCE = ("serve", "embed")
+_SERVE = ("serve",)
+
+
+def _split(value: object) -> object:
+    """Let one string hold several values, separated by commas, as an environment variable must."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _setting(default: Any, help: str, commands: tuple[str, ...], **limits: Any) -> Any:
+    return Field(
+        default, description=help, json_schema_extra={"commands": list(commands)}, **limits
+    )
+
+
+Strings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+
+
+class Settings(BaseSettings):
+    """What can be set; see ``docs/settings.md`` for the same as a table."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+    )
+
+    host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for every interface", _SERVE)
+    port: int = _setting(5000, "port to listen on; 0 picks a free one", _SERVE, ge=0, le=65535)
+    model: Strings = _setting(
+        (),
+        "a catalog name, a hub id with optional @revision, or a folder; may be repeated; "
+        "without it every catalog model that can be had is served",
+        _MODELS,
+    )
+    served_model_name: Strings = _setting(
+        (), "the name to serve a --model under; repeat it in the order of --model", _SERVE
+    )
+    revision: str | None = _setting(
+        None, "commit, tag or branch of the hub repository of --model", _MODELS
+    )
+    load_models_from: Path | None = _setting(
+        None, "folder whose DIR/<name> is looked in before the cache and the hub", _ALL
+    )
+    hf_token: SecretStr | None = _setting(
+        None, "Hugging Face token for gated or private models (HF_TOKEN works too)", _ALL
+    )
+    backend: Literal["auto", "onnx", "torch"] = _setting(
+        "auto",
+        "what computes: onnx (ONNX Runtime), torch (sentence-transformers; needs the extra "
+        "[torch]), or auto: torch on a GPU, onnx for what it runs exactly, else torch",
+        _INFERENCE,
+    )
+    onnx_file: str | None = _setting(
+        None, "run this .onnx file of the model's folder instead of the built graph", _INFERENCE
+    )
+    threads: int | None = _setting(
+        None, "threads for inference; the cores this process may use by default", _INFERENCE, ge=1
+    )
+    max_batch_tokens: int | None = _setting(
+        None, "tokens computed together in a batch; chosen from the device by default", _INFERENCE,
+        ge=1,
+    )  # fmt: skip
+    max_concurrent_requests: int = _setting(
+        512, "requests for one model at a time; one more is refused with 429", _SERVE, ge=1
+    )
+    max_queued_tokens: int = _setting(
+        1_000_000, "tokens waiting for one model; past them requests get 429", _SERVE, ge=1
+    )
+    max_client_batch_size: int = _setting(2048, "inputs in one request", _SERVE, ge=1)
+    max_request_tokens: int = _setting(
+        300_000, "tokens in one request, all its inputs together", _SERVE, ge=1
+    )
+    max_body_bytes: int = _setting(32 * 2**20, "bytes in a request's body", _SERVE, ge=1)
+    api_key: Secrets = _setting(
+        (), "key that requests must send as 'Authorization: Bearer KEY'; may be repeated", _SERVE
+    )
+    log_format: Literal["text", "json"] = _setting(
+        "text", "text for people, json for log collectors; one line a request", _ALL
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info", "least severe level that is logged", _ALL
+    )
+
+    @model_validator(mode="after")
+    def _names_match_models(self) -> Settings:
+        if self.served_model_name and len(self.served_model_name) != len(self.model):
+            raise ValueError(
+                f"--served-model-name is given {len(self.served_model_name)} times for "
+                f"{len(self.model)} --model; give one name for each model, in the same order"
+            )
+        if self.revision and len(self.model) != 1:
+            raise ValueError("--revision needs exactly one --model; else write --model ID@REVISION")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = TomlConfigSettingsSource(settings_cls) if cls.model_config.get("toml_file") else None
+        return (init_settings, env_settings, *((toml,) if toml else ()))
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity, and the quota of its control group."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores  # no control group, or one of the older kind
+    return cores if quota == "max" else min(cores, max(1, int(quota) // int(period)))
+
+
+def load_settings(flags: Mapping[str, object], config: Path | None = None) -> Settings:
+    """Settings from ``flags`` over the environment over the TOML file ``config``.
+
+    Raises ConfigurationError naming each setting at fault and what was wrong with it.
+    """
+    config = config or _config_from_environment()
+    if config is not None and not config.is_file():
+        raise ConfigurationError(f"The configuration file {config} does not exist.")
+
+    class Source(Settings):
+        model_config = SettingsConfigDict(toml_file=config)
+
+    try:
+        return Source(**dict(flags))  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ConfigurationError(_explain(error)) from None
+    except ValueError as error:  # a TOML file that doesn't parse
+        raise ConfigurationError(f"{config}: {error}") from None
+
+
+def _config_from_environment() -> Path | None:
+    value = os.environ.get(ENV_PREFIX + "CONFIG")
+    return Path(value) if value else None
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors(include_url=False, include_input=False):
+        name = str(problem["loc"][0]) if problem["loc"] else None
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "there is no such setting"
+        if name is None:
+            parts.append(message)
+        else:
+            flag = "--" + name.replace("_", "-")
+            parts.append(f"{flag} (or {ENV_PREFIX}{name.upper()}): {message}")
+    return "; ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One setting as the command line and the docs show it."""
+
+    name: str
+    default: object
+    help: str
+    commands: tuple[str, ...]
+    kind: Literal["value", "list", "flag"]
+    choices: tuple[str, ...] | None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+
+def rows() -> Iterator[Row]:
+    """Every setting in its order of definition."""
+    for name, field in Settings.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        commands = extra["commands"]
+        assert isinstance(commands, list)
+        yield Row(
+            name=name,
+            default=field.default,
+            help=field.description or "",
+            commands=tuple(str(command) for command in commands),
+            kind=_kind(field),
+            choices=get_args(field.annotation) if get_origin(field.annotation) is Literal else None,
+        )
+
+
+def _kind(field: FieldInfo) -> Literal["value", "list", "flag"]:
+    if field.annotation is bool:
+        return "flag"
+    return "list" if get_origin(field.annotation) is tuple else "value"

@@ -1,0 +1,162 @@
+"""Every metric, named in one place; label values are routes of ours and served models only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+__all__ = ["METRICS", "Metric", "ModelMetrics", "Telemetry"]
+
+_SECONDS = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)  # fmt: skip
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the table of metrics."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] | None = None
+
+    @property
+    def exposed_name(self) -> str:
+        """The name as Prometheus shows it."""
+        return f"embedding_server_{self.name}" + ("_total" if self.kind == "counter" else "")
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("requests", "counter", "Requests answered.", ("route", "model", "status")),
+    Metric("errors", "counter", "Errors answered, by the error's code.", ("code",)),
+    Metric("requests_in_flight", "gauge", "Requests being served now."),
+    Metric(
+        "request_duration_seconds", "histogram",
+        "Seconds from the request's first byte to the answer's last, by route and model.",
+        ("route", "model"), _SECONDS,
+    ),
+    Metric(
+        "tokenize_duration_seconds", "histogram", "Seconds to tokenise one request.",
+        ("model",), _SECONDS,
+    ),
+    Metric(
+        "queue_duration_seconds", "histogram", "Seconds an input waited for its batch.",
+        ("model",), _SECONDS,
+    ),
+    Metric(
+        "inference_duration_seconds", "histogram", "Seconds one batch took in the backend.",
+        ("model",), _SECONDS,
+    ),
+    Metric("tokens", "counter", "Tokens embedded, special tokens included.", ("model",)),
+    Metric("inputs", "counter", "Inputs embedded.", ("model",)),
+    Metric("truncated_inputs", "counter", "Inputs cut to the model's length.", ("model",)),
+    Metric("batch_size", "histogram", "Inputs in a batch.", ("model",), _SIZES),
+    Metric("batch_tokens", "histogram", "Tokens in a batch, without padding.", ("model",), _TOKENS),
+    Metric(
+        "padding_tokens", "counter", "Padding tokens that the linear layers computed in vain.",
+        ("model",),
+    ),
+    Metric("failed_batches", "counter", "Batches that failed in the backend.", ("model",)),
+    Metric("queue_requests", "gauge", "Requests waiting or being computed.", ("model",)),
+    Metric("queue_tokens", "gauge", "Tokens waiting for a batch.", ("model",)),
+    Metric(
+        "model_info", "gauge", "Always 1; the labels tell what is served.",
+        ("model", "backend", "revision", "dims", "max_tokens"),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetrics:
+    """One model's metrics with the label already bound, for the hot path."""
+
+    tokenize_duration: Histogram
+    queue_duration: Histogram
+    inference_duration: Histogram
+    tokens: Counter
+    inputs: Counter
+    truncated_inputs: Counter
+    batch_size: Histogram
+    batch_tokens: Histogram
+    padding_tokens: Counter
+    failed_batches: Counter
+    queue_requests: Gauge
+    queue_tokens: Gauge
+
+
+class Telemetry:
+    """One registry with every metric of one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        kinds = {"counter": Counter, "gauge": Gauge}
+        self._metrics: dict[str, Counter | Gauge | Histogram] = {}
+        for row in METRICS:
+            name = f"embedding_server_{row.name}"
+            self._metrics[row.name] = (
+                Histogram(
+                    name, row.help, row.labels, buckets=row.buckets or (), registry=self.registry
+                )
+                if row.kind == "histogram"
+                else kinds[row.kind](name, row.help, row.labels, registry=self.registry)
+            )
+        self.in_flight = self._gauge("requests_in_flight")
+
+    def for_model(self, name: str) -> ModelMetrics:
+        """The metrics of the served model ``name``."""
+        return ModelMetrics(
+            tokenize_duration=self._histogram("tokenize_duration_seconds").labels(name),
+            queue_duration=self._histogram("queue_duration_seconds").labels(name),
+            inference_duration=self._histogram("inference_duration_seconds").labels(name),
+            tokens=self._counter("tokens").labels(name),
+            inputs=self._counter("inputs").labels(name),
+            truncated_inputs=self._counter("truncated_inputs").labels(name),
+            batch_size=self._histogram("batch_size").labels(name),
+            batch_tokens=self._histogram("batch_tokens").labels(name),
+            padding_tokens=self._counter("padding_tokens").labels(name),
+            failed_batches=self._counter("failed_batches").labels(name),
+            queue_requests=self._gauge("queue_requests").labels(name),
+            queue_tokens=self._gauge("queue_tokens").labels(name),
+        )
+
+    def model_loaded(
+        self, name: str, *, backend: str, revision: str | None, dims: int, max_tokens: int
+    ) -> None:
+        """Say in ``model_info`` that ``name`` is served, and how."""
+        labels = (name, backend, revision or "", str(dims), str(max_tokens))
+        self._gauge("model_info").labels(*labels).set(1)
+
+    def request_finished(self, *, route: str, model: str, status: int, seconds: float) -> None:
+        """Count one answered request; ``route`` is a template of ours, ``model`` a served name."""
+        self._counter("requests").labels(route, model, str(status)).inc()
+        self._histogram("request_duration_seconds").labels(route, model).observe(seconds)
+
+    def error_answered(self, code: str) -> None:
+        """Count one error answer by its ``code``."""
+        self._counter("errors").labels(code).inc()
+
+    def exposition(self) -> tuple[bytes, str]:
+        """``(body, content type)`` in Prometheus' text format."""
+        return generate_latest(self.registry), "text/plain; version=0.0.4; charset=utf-8"
+
+    def _counter(self, name: str) -> Counter:
+        metric = self._metrics[name]
+        assert isinstance(metric, Counter)
+        return metric
+
+    def _gauge(self, name: str) -> Gauge:
+        metric = self._metrics[name]
+        assert isinstance(metric, Gauge)
+        return metric
+
+    def _histogram(self, name: str) -> Histogram:
+        metric = self._metrics[name]
+        assert isinstance(metric, Histogram)
+        return metric

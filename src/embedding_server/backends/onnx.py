@@ -1,0 +1,158 @@
+"""ONNX Runtime on the CPU: a packed graph of ours, or the .onnx file that a model brings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from embedding_server.backends.architectures import architecture_of
+from embedding_server.backends.base import BackendOptions, Pipeline
+from embedding_server.backends.graph import build_graph
+from embedding_server.backends.head import Head
+from embedding_server.backends.weights import Weights
+from embedding_server.engine.batch import Batch
+from embedding_server.errors import ModelNotSupported
+
+__all__ = ["OnnxFileBackend", "PackedBackend"]
+
+# The linear layers reach their ceiling at a few hundred tokens; more only adds latency.
+_BATCH_TOKENS = 1024
+
+_MODEL_FILES = ("onnx/model.onnx", "model.onnx")
+_STATES = ("last_hidden_state", "token_embeddings")
+
+
+class PackedBackend:
+    """The graph that ``build_graph`` makes of config and weights."""
+
+    padded = False
+    default_batch_tokens = _BATCH_TOKENS
+
+    def __init__(self, session: onnxruntime.InferenceSession, head: Head) -> None:
+        self._session = session
+        self._head = head
+        self.dims = head.dims
+
+    @classmethod
+    def load(cls, pipeline: Pipeline, options: BackendOptions) -> Self:
+        """Build and load the graph; raises ModelNotSupported for what it can't compute exactly."""
+        architecture = architecture_of(pipeline.config)
+        head = Head.from_pipeline(pipeline, architecture.hidden)
+        graph = build_graph(architecture, Weights.open(pipeline.transformer))
+        session_options = _session_options(options)
+        session_options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(pipeline.transformer)
+        )
+        session_options.add_external_initializers(
+            list(graph.arrays),
+            [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in graph.arrays.values()],
+        )
+        return cls(_session(graph.model, session_options), head)
+
+    def embed(self, batch: Batch) -> NDArray[np.float32]:
+        """float32 [len(batch), dims]; see ``Backend.embed``."""
+        lengths, starts = batch.lengths, batch.cu_seqlens[:-1]
+        feeds = {
+            "input_ids": batch.input_ids,
+            "position_ids": np.arange(batch.tokens) - np.repeat(starts, lengths),
+            "runs": _runs(batch.cu_seqlens, lengths),
+        }
+        (states,) = self._session.run(["states"], feeds)
+        return self._head(states, batch)
+
+
+class OnnxFileBackend:
+    """A model's own .onnx file, as optimum or sentence-transformers export it; pads its batches."""
+
+    padded = True
+    default_batch_tokens = _BATCH_TOKENS
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        head: Head,
+        *,
+        states: str,
+        pad_token_id: int,
+    ) -> None:
+        self._session = session
+        self._head = head
+        self._states = states
+        self._pad_token_id = pad_token_id
+        self._inputs = {value.name for value in session.get_inputs()}
+        self.dims = head.dims
+
+    @classmethod
+    def load(cls, pipeline: Pipeline, options: BackendOptions) -> Self:
+        """Load the file; raises ModelNotSupported if there is none or its form isn't known."""
+        file = _model_file(pipeline, options.onnx_file)
+        session = _session(str(file), _session_options(options))
+        known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+        inputs = {value.name for value in session.get_inputs()}
+        if unknown := inputs - known:
+            raise ModelNotSupported(f"{file} wants inputs not known here: {', '.join(unknown)}.")
+        outputs = {value.name: value.shape for value in session.get_outputs()}
+        states = next((name for name in _STATES if name in outputs), None)
+        if states is None or not isinstance(outputs[states][-1], int):
+            raise ModelNotSupported(
+                f"{file} has the outputs {', '.join(outputs)}; one of {', '.join(_STATES)}, the "
+                "states of every token, is needed."
+            )
+        head = Head.from_pipeline(pipeline, outputs[states][-1])
+        return cls(session, head, states=states, pad_token_id=pipeline.pad_token_id)
+
+    def embed(self, batch: Batch) -> NDArray[np.float32]:
+        """float32 [len(batch), dims]; see ``Backend.embed``."""
+        ids, mask = batch.padded(self._pad_token_id)
+        feeds: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "token_type_ids": np.zeros_like(ids),
+            "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
+        }
+        feeds = {name: value for name, value in feeds.items() if name in self._inputs}
+        (states,) = self._session.run([self._states], feeds)
+        return self._head(states[mask.astype(bool)], batch)
+
+
+def _runs(cu_seqlens: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Neighbours of equal length as one run: int64 [R, 3] of first row, end row, length."""
+    cuts = np.flatnonzero(np.diff(lengths)) + 1
+    first = np.concatenate([[0], cuts])
+    last = np.concatenate([cuts, [len(lengths)]])
+    return np.stack([cu_seqlens[first], cu_seqlens[last], lengths[first]], axis=1)
+
+
+def _model_file(pipeline: Pipeline, name: str | None) -> Path:
+    folder = pipeline.transformer
+    for candidate in (name,) if name else _MODEL_FILES:
+        path = folder / candidate
+        if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
+            return path
+    raise ModelNotSupported(f"{folder} has no {name or _MODEL_FILES[0]}.")
+
+
+def _session_options(options: BackendOptions) -> onnxruntime.SessionOptions:
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = options.threads
+    session_options.inter_op_num_threads = 1
+    session_options.log_severity_level = 3  # errors; its warnings say nothing to our users
+    # Shapes differ from batch to batch, and memory must come back after a long input.
+    session_options.enable_mem_pattern = False
+    session_options.enable_cpu_mem_arena = False
+    # A thread that spins takes its core from the event loop, and from other processes.
+    session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return session_options
+
+
+def _session(
+    model: bytes | str, options: onnxruntime.SessionOptions
+) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class of their own
+        raise ModelNotSupported(f"ONNX Runtime can't load the model: {error}") from error

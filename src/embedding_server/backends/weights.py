@@ -1,0 +1,144 @@
+"""The tensors of a model's safetensors files: where each lies, and its values when needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding_server.errors import ModelNotSupported
+
+__all__ = ["Tensor", "Weights"]
+
+_HEADER_SIZE = 8  # little-endian uint64 before the JSON header, as the format defines
+
+_DTYPES: Mapping[str, Any] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where one tensor lies: ``length`` bytes from ``offset`` of ``file``."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+    @property
+    def is_float32(self) -> bool:
+        return self.dtype == "F32"
+
+
+class Weights(Mapping[str, Tensor]):
+    """Tensors by name, without what the checkpoint puts before every name (as ``bert.``)."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        self._tensors = dict(tensors)
+        self.folder = folder
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Read the headers of ``model.safetensors`` or its shards.
+
+        Raises ModelNotSupported, naming the file, if one is missing, damaged or cut.
+        """
+        tensors: dict[str, Tensor] = {}
+        for file in _files(folder):
+            tensors.update(_read_header(file))
+        return cls(tensors, folder)
+
+    def without_prefix(self, *prefixes: str, known: str) -> Weights:
+        """The same with the first of ``prefixes`` taken off that makes the name ``known`` appear.
+
+        Raises ModelNotSupported if none does.
+        """
+        for prefix in ("", *prefixes):
+            if prefix + known in self._tensors:
+                named = {
+                    name.removeprefix(prefix): tensor
+                    for name, tensor in self._tensors.items()
+                    if name.startswith(prefix)
+                }
+                return Weights(named, self.folder)
+        raise ModelNotSupported(f"The weights in {self.folder} have no tensor {known!r}.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise ModelNotSupported(
+                f"The weights in {self.folder} have no tensor {name!r}."
+            ) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        """The tensor's values as float32; a view of the file where they are float32 there."""
+        tensor = self[name]
+        dtype = _DTYPES.get(tensor.dtype)
+        if dtype is None:
+            raise ModelNotSupported(
+                f"The tensor {name!r} in {tensor.file} is {tensor.dtype}; only float32, float16 "
+                "and bfloat16 weights are read."
+            )
+        raw = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,)).view(dtype)
+        if tensor.dtype == "BF16":  # the upper half of a float32
+            raw = (raw.astype(np.uint32) << 16).view(np.float32)
+        return np.asarray(raw, dtype=np.float32).reshape(tensor.shape)
+
+
+def _files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ModelNotSupported(f"{folder} has no model.safetensors.")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelNotSupported(f"{index} can't be read: {error!r}") from None
+    for name in names:
+        if Path(name).name != name:
+            raise ModelNotSupported(f"{index} names {name!r}, which is not a file beside it.")
+    return [folder / name for name in names]
+
+
+def _read_header(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # The library checks that the header is sound and that the file is as long as it says.
+        with safe_open(file, framework="numpy"):
+            pass
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(_HEADER_SIZE), "little")
+            header = json.loads(stream.read(size))
+    except FileNotFoundError:
+        raise ModelNotSupported(f"{file} is missing.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelNotSupported(f"{file} is damaged: {error}") from None
+    start = _HEADER_SIZE + size
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            tensors[name] = Tensor(file, entry["dtype"], shape, start + begin, end - begin)
+    return tensors

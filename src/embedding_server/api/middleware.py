@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
+_QUIET = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
+
+
 class RequestMiddleware:
     """Gives every HTTP request a record, and tells it in a log line and in the metrics."""
 
@@ -69,13 +72,15 @@ class RequestMiddleware:
             self._finish(scope, record, status or 499, time.perf_counter() - started)
 
     def _finish(self, scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "unmatched")
+        route = _route(scope)
         self._telemetry.request_finished(
             route=route, model=record.model, status=status, seconds=seconds
         )
         if record.error_code is not None:
             self._telemetry.error_answered(record.error_code)
-        if logger.isEnabledFor(logging.INFO):
+        # Probes and scrapes come every few seconds, and nobody asks for them.
+        level = logging.DEBUG if route in _QUIET and status < 400 else logging.INFO
+        if logger.isEnabledFor(level):
             fields: dict[str, object] = {
                 "id": record.id,
                 "method": scope["method"],
@@ -92,7 +97,7 @@ class RequestMiddleware:
                 }
             if record.error_code is not None:
                 fields["error"] = record.error_code
-            logger.info("request", extra={"fields": fields})
+            logger.log(level, "request", extra={"fields": fields})
 
 
 class ApiKeyMiddleware:
@@ -118,6 +123,13 @@ class ApiKeyMiddleware:
             Unauthenticated(f"The API key {what}: send it as 'Authorization: Bearer KEY'.")
         )
         await answer(scope, receive, send)
+
+
+def _route(scope: Scope) -> str:
+    """The path's template; of a path that no route takes, nothing is told."""
+    if "endpoint" not in scope:
+        return "unmatched"
+    return str(getattr(scope.get("route"), "path_format", scope["path"]))
 
 
 def _request_id(scope: Scope) -> str:

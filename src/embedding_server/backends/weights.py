@@ -140,5 +140,8 @@ def _read_header(file: Path) -> dict[str, Tensor]:
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
+            # Checkpoints converted from TensorFlow name a norm's weights its way.
+            name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+            name = name.replace("LayerNorm.beta", "LayerNorm.bias")
             tensors[name] = Tensor(file, entry["dtype"], shape, start + begin, end - begin)
     return tensors

@@ -33,12 +33,14 @@ class Pipeline:
 
     folder: Path
     """The whole sentence-transformers model."""
+    body: str
+    """The first module's class: ``Transformer`` or ``StaticEmbedding``."""
     transformer: Path
-    """The folder of ``config.json``, the weights and the tokenizer."""
+    """The first module's folder: ``config.json``, the weights and the tokenizer."""
     config: Mapping[str, Any]
-    """``config.json``."""
+    """``config.json``; empty where there is none."""
     modules: tuple[Module, ...]
-    """What follows the transformer, in order."""
+    """What follows the first module, in order."""
 
     @property
     def pad_token_id(self) -> int:
@@ -76,6 +78,7 @@ class Backend(Protocol):
 BACKENDS: Mapping[str, str] = {
     "onnx": "embedding_server.backends.onnx:PackedBackend",
     "onnx-file": "embedding_server.backends.onnx:OnnxFileBackend",
+    "static": "embedding_server.backends.static:StaticBackend",
     "torch": "embedding_server.backends.torch:TorchBackend",
 }
 """Name -> ``module:Class``, imported on use."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ from embedding_server.backends.pooling import POOLINGS, pool
 from embedding_server.engine.batch import Batch
 from embedding_server.errors import ModelNotSupported
 
-__all__ = ["Head", "pooling_modes"]
+__all__ = ["Head", "Projection", "pooling_modes"]
 
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -56,29 +56,24 @@ class _Dense:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """Packed states in, vectors out: ``Pooling``, any ``Dense``, and no final ``Normalize``."""
+class Projection:
+    """The ``Dense`` layers over pooled vectors; often there are none."""
 
-    modes: tuple[str, ...]
-    dense: tuple[_Dense, ...]
+    layers: tuple[_Dense, ...]
     dims: int
+    """Length of what comes out."""
 
     @classmethod
-    def from_pipeline(cls, pipeline: Pipeline, hidden: int) -> Self:
-        """The head over states of width ``hidden``.
+    def from_modules(cls, modules: Sequence[Module], dims: int) -> Self:
+        """The layers of ``modules`` over vectors of ``dims``, up to a final ``Normalize``.
 
         Raises ModelNotSupported for a module or an option that isn't computed here.
         """
-        modules = list(pipeline.modules)
-        while modules and modules[-1].kind == "Normalize":
-            modules.pop()
-        if not modules or modules[0].kind != "Pooling":
-            first = modules[0].kind if modules else "nothing"
-            raise ModelNotSupported(f"Pooling must follow the transformer, not {first}.")
-        modes = pooling_modes(modules[0].config)
-        dims = hidden * len(modes)
-        dense = []
-        for module in modules[1:]:
+        rest = list(modules)
+        while rest and rest[-1].kind == "Normalize":
+            rest.pop()
+        layers = []
+        for module in rest:
             if module.kind != "Dense":
                 raise ModelNotSupported(f"The module {module.kind} is not computed here.")
             layer = _load_dense(module)
@@ -87,15 +82,45 @@ class Head:
                     f"{module.folder} takes {layer.weight.shape[1]} values, not the {dims} it gets."
                 )
             dims = layer.weight.shape[0]
-            dense.append(layer)
-        return cls(modes, tuple(dense), dims)
+            layers.append(layer)
+        return cls(tuple(layers), dims)
+
+    def __call__(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32 [n, in] to float32 [n, dims]."""
+        for layer in self.layers:
+            vectors = layer(vectors)
+        return vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Packed states in, vectors out: ``Pooling``, any ``Dense``, and no final ``Normalize``."""
+
+    modes: tuple[str, ...]
+    projection: Projection
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Pipeline, hidden: int) -> Self:
+        """The head over states of width ``hidden``.
+
+        Raises ModelNotSupported for a module or an option that isn't computed here.
+        """
+        kinds = [module.kind for module in pipeline.modules]
+        if kinds[:1] != ["Pooling"]:
+            raise ModelNotSupported(
+                f"Pooling must follow the transformer, not {kinds[0] if kinds else 'nothing'}."
+            )
+        modes = pooling_modes(pipeline.modules[0].config)
+        projection = Projection.from_modules(pipeline.modules[1:], hidden * len(modes))
+        return cls(modes, projection)
+
+    @property
+    def dims(self) -> int:
+        return self.projection.dims
 
     def __call__(self, states: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
         """Packed ``states`` [T, hidden] to float32 [n, dims]."""
-        vectors = pool(states, batch, self.modes)
-        for layer in self.dense:
-            vectors = layer(vectors)
-        return vectors
+        return self.projection(pool(states, batch, self.modes))
 
 
 def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -19,9 +19,10 @@ class TorchBackend:
 
     padded = True
 
-    def __init__(self, model: Any, pad_token_id: int) -> None:
+    def __init__(self, model: Any, pipeline: Pipeline) -> None:
         self._model = model
-        self._pad_token_id = pad_token_id
+        self._pad_token_id = pipeline.pad_token_id
+        self._static = pipeline.body == "StaticEmbedding"
         self.dims = int(model.get_embedding_dimension())
         # A GPU fills up at thousands of tokens; a CPU gains nothing past a few hundred.
         self.default_batch_tokens = 1024 if str(model.device) == "cpu" else 16_384
@@ -55,29 +56,29 @@ class TorchBackend:
         while isinstance(model[-1], Normalize):
             del model[-1]
         model.eval()
-        return cls(model, pipeline.pad_token_id)
+        return cls(model, pipeline)
 
     def embed(self, batch: Batch) -> NDArray[np.float32]:
         """float32 [len(batch), dims]; see ``Backend.embed``."""
+        if self._static:
+            return self._forward(input_ids=batch.input_ids, offsets=batch.cu_seqlens[:-1])
         ids, mask = batch.padded(self._pad_token_id)
         vectors = np.empty((len(batch), self.dims), dtype=np.float32)
         # sentence-transformers takes one prompt length a batch.
         for prompt in np.unique(batch.prompt_lengths):
             rows = np.flatnonzero(batch.prompt_lengths == prompt)
-            vectors[rows] = self._forward(ids[rows], mask[rows], int(prompt))
+            vectors[rows] = self._forward(
+                int(prompt), input_ids=ids[rows], attention_mask=mask[rows]
+            )
         return vectors
 
-    def _forward(
-        self, ids: NDArray[np.int64], mask: NDArray[np.int64], prompt: int
-    ) -> NDArray[np.float32]:
+    def _forward(self, prompt: int = 0, **arrays: NDArray[np.int64]) -> NDArray[np.float32]:
         import torch
 
-        device = self._model.device
         features: dict[str, Any] = {
-            "input_ids": torch.from_numpy(ids).to(device),
-            "attention_mask": torch.from_numpy(mask).to(device),
-            "modality": "text",
+            name: torch.from_numpy(array).to(self._model.device) for name, array in arrays.items()
         }
+        features["modality"] = "text"
         if prompt:
             features["prompt_length"] = prompt
         with torch.inference_mode():

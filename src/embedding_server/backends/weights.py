@@ -17,6 +17,7 @@ __all__ = ["Tensor", "Weights"]
 
 _HEADER_SIZE = 8  # little-endian uint64 before the JSON header, as the format defines
 
+_INTEGERS: Mapping[str, Any] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 _DTYPES: Mapping[str, Any] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -98,10 +99,25 @@ class Weights(Mapping[str, Tensor]):
                 f"The tensor {name!r} in {tensor.file} is {tensor.dtype}; only float32, float16 "
                 "and bfloat16 weights are read."
             )
-        raw = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,)).view(dtype)
+        raw = _read(tensor).view(dtype)
         if tensor.dtype == "BF16":  # the upper half of a float32
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
         return np.asarray(raw, dtype=np.float32).reshape(tensor.shape)
+
+    def integers(self, name: str) -> NDArray[np.int64]:
+        """The values of a tensor of whole numbers."""
+        tensor = self[name]
+        dtype = _INTEGERS.get(tensor.dtype)
+        if dtype is None:
+            raise ModelNotSupported(
+                f"The tensor {name!r} in {tensor.file} is {tensor.dtype}, not whole numbers."
+            )
+        return np.asarray(_read(tensor).view(dtype), dtype=np.int64).reshape(tensor.shape)
+
+
+def _read(tensor: Tensor) -> NDArray[np.uint8]:
+    """The tensor's bytes, mapped from its file."""
+    return np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,))
 
 
 def _files(folder: Path) -> list[Path]:

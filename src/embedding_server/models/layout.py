@@ -62,7 +62,7 @@ def read_layout(folder: Path) -> Layout:
     own = _read_transformer_config(transformer)
     prompts, default_prompt = _read_prompts(folder)
     return Layout(
-        pipeline=Pipeline(folder, transformer, config, modules),
+        pipeline=Pipeline(folder, "Transformer", transformer, config, modules),
         tokenizer_file=tokenizer_file,
         max_tokens=_max_tokens(transformer, own, config),
         lowercase=bool(own.get("do_lower_case")),

@@ -1,0 +1,61 @@
+"""Static embedding models (model2vec, potion): a table of token vectors and their mean."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding_server.backends.base import BackendOptions, Pipeline
+from embedding_server.backends.head import Projection
+from embedding_server.backends.weights import Weights
+from embedding_server.engine.batch import Batch
+from embedding_server.errors import ModelNotSupported
+
+__all__ = ["StaticBackend"]
+
+
+class StaticBackend:
+    """sentence-transformers' ``StaticEmbedding``: no token sees another, so there is no graph."""
+
+    padded = False
+    # A token costs the copying of one row, so a batch may hold very many.
+    default_batch_tokens = 65_536
+
+    def __init__(self, table: NDArray[np.float32], projection: Projection) -> None:
+        self._table = table
+        self._projection = projection
+        self.dims = projection.dims
+
+    @classmethod
+    def load(cls, pipeline: Pipeline, options: BackendOptions) -> Self:
+        """Read the table; raises ModelNotSupported for any other kind of model."""
+        if pipeline.body != "StaticEmbedding":
+            raise ModelNotSupported(f"{pipeline.folder} is no static embedding model.")
+        table = _read_table(Weights.open(pipeline.transformer))
+        return cls(table, Projection.from_modules(pipeline.modules, table.shape[1]))
+
+    def embed(self, batch: Batch) -> NDArray[np.float32]:
+        """float32 [len(batch), dims]; a text without tokens gives zeros. See ``Backend.embed``."""
+        rows = self._table[batch.input_ids]
+        bounds = batch.cu_seqlens.tolist()
+        means = np.zeros((len(batch), rows.shape[1]), dtype=np.float32)
+        for index in range(len(batch)):
+            start, end = bounds[index], bounds[index + 1]
+            if end > start:
+                means[index] = np.add.reduce(rows[start:end], dtype=np.float64) / (end - start)
+        return self._projection(means)
+
+
+def _read_table(weights: Weights) -> NDArray[np.float32]:
+    """One row for each token id, float32 [vocabulary, dims]."""
+    if "embedding.weight" in weights:
+        return weights.array("embedding.weight")
+    # model2vec's own names: ids may share rows, and each may have a weight of its own.
+    table = weights.array("embeddings")
+    if "mapping" in weights:
+        table = table[weights.integers("mapping")]
+    if "weights" in weights:
+        table = table * weights.array("weights")[:, None]
+    return table

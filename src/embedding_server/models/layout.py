@@ -25,6 +25,13 @@ _TRANSFORMER_CONFIGS = (
 """Where sentence-transformers looks for its own settings of the transformer, in its order."""
 
 _TRANSFORMER_KEYS = {"max_seq_length", "do_lower_case"}
+_TRANSFORMER_VALUES: Mapping[str, Any] = {
+    "transformer_task": "feature-extraction",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    "module_output_name": "token_embeddings",
+    "unpad_inputs": False,
+}
+"""What sentence-transformers 6 also writes; other values ask for something else than text."""
 _MODEL_KEYS = {
     *("__version__", "model_type", "prompts", "default_prompt_name", "similarity_fn_name"),
     "truncate_dim",
@@ -123,10 +130,14 @@ def _read_transformer_config(transformer: Path) -> Mapping[str, Any]:
         if path.is_file():
             values = _read_object(path)
             unknown = sorted(
-                key for key, value in values.items() if key not in _TRANSFORMER_KEYS and value
+                key
+                for key, value in values.items()
+                if key not in _TRANSFORMER_KEYS and value and value != _TRANSFORMER_VALUES.get(key)
             )
             if unknown:
-                raise ModelNotSupported(f"{path} sets {', '.join(unknown)}, not known here.")
+                raise ModelNotSupported(
+                    f"{path} sets {', '.join(unknown)} to what is not computed here."
+                )
             return values
     return {}
 

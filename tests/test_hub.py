@@ -13,8 +13,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,14 @@ def standin(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn
     with HubStandIn({"acme/tiny": model}) as standin:
         monkeypatch.setenv("HF_ENDPOINT", standin.url)
         yield standin
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between tries, made none."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
 
 
 def names(folder: Path) -> set[str]:
@@ -201,11 +211,9 @@ class TestParseSpec:
 
     @pytest.mark.parametrize(
         "text",
-        ["", "no-such", "a/b/c", "a/../b", "a/b--c", "a/b c", "a/", "/", "x" * 5000, "a\0b", "é/ü"],
+        ["", "no-such", "a/b/c", "a/../b", "a/b--c", "a/b c", "a/", "x" * 5000, "a\0b", "é/ü"],
     )
     def test_anything_else_is_refused_with_the_possible_forms(self, text: str) -> None:
-        if text == "/":
-            pytest.skip("a folder")
         with pytest.raises(ModelUnavailable) as caught:
             parse_spec(text)
         assert all(name in str(caught.value) for name in (*CATALOG, "org/name@revision"))
@@ -236,7 +244,7 @@ class TestOnThisMachine:
         assert locate(spec).origin == "hub"
 
     def test_a_folder_that_is_no_model(self, tmp_path: Path) -> None:
-        with pytest.raises(ModelUnavailable, match="neither config.json nor modules.json"):
+        with pytest.raises(ModelUnavailable, match="it holds neither"):
             locate(parse_spec(str(tmp_path)))
 
     @pytest.mark.parametrize(
@@ -471,14 +479,16 @@ class TestDownload:
         hosts = {(request.host, request.authorization) for request in standin.requests}
         assert hosts == {("hub", "Bearer hf_secret"), ("storage", None)}
 
-    def test_a_cut_download_goes_on_where_it_was(self, standin: HubStandIn) -> None:
+    def test_a_cut_download_goes_on_where_it_was(
+        self, standin: HubStandIn, waits: list[float]
+    ) -> None:
         standin.cuts["model.safetensors"] = [2_500_000]
         spec = parse_spec("acme/tiny")
         verify(locate(spec), replace(spec, sha256=sha256(standin)))
         ranges = [r.range for r in standin.asked(part="/acme/tiny/model.safetensors")]
         assert ranges == [None, f"bytes={2 * 2**20}-"]
 
-    def test_a_later_run_goes_on_too(self, standin: HubStandIn) -> None:
+    def test_a_later_run_goes_on_too(self, standin: HubStandIn, waits: list[float]) -> None:
         standin.cuts["model.safetensors"] = [2_500_000, 0, 0, 0]
         spec = parse_spec("acme/tiny")
         assert "failed 3 times in a row" in failure(spec)
@@ -489,6 +499,13 @@ class TestDownload:
         ranges = [r.range for r in standin.asked(part="/acme/tiny/model.safetensors")]
         assert ranges == [f"bytes={2 * 2**20}-"]
         assert not list(Path(os.environ["HF_HOME"]).rglob("*.part"))
+
+    def test_two_processes_fetch_the_weights_once(self, standin: HubStandIn) -> None:
+        with ThreadPoolExecutor() as pool:
+            first, second = pool.map(python, [LOCATE, LOCATE])
+        assert "LocatedModel(" in first.stdout, first.stderr
+        assert "LocatedModel(" in second.stdout, second.stderr
+        assert len([r for r in standin.asked(part="model.saf") if r.host == "storage"]) == 1
 
     def test_a_damaged_download_is_thrown_away(self, standin: HubStandIn) -> None:
         standin.damaged = {"model.safetensors"}
@@ -568,7 +585,7 @@ class TestNoDownload:
         ("resolver", "expected"),
         [
             ("raise socket.gaierror(-2, 'Name or service not known')", "service not known"),
-            ("time.sleep(60)", "no answer within 8 s"),
+            ("time.sleep(60)", "no answer within 2 s"),
         ],
         ids=["unknown name", "silent resolver"],
     )
@@ -576,6 +593,8 @@ class TestNoDownload:
         started = time.monotonic()
         fake = f"""
 import socket, time
+from embedding_server.models import hub
+hub._FIRST_ANSWER_SECONDS = 2
 def getaddrinfo(*args, **options):
     {resolver}
 socket.getaddrinfo = getaddrinfo
@@ -596,21 +615,27 @@ socket.getaddrinfo = getaddrinfo
         assert "the hub shows no repository acme/absent" in message
         assert "check the name" in message
 
-    @pytest.mark.parametrize("status", [400, 401, 403, 404, 418, 429, 500, 502, 503])
+    @pytest.mark.parametrize("status", [400, 401, 403, 404, 429, 503])
     @pytest.mark.parametrize(
-        "path", ["?blobs", "/tree/", "/tokenizer.json", "/resolve/1234567890abcdef", "tiny/model.s"]
+        "path", ["?blobs", "/tree/", "/tokenizer.json", "/resolve/", "tiny/model.safetensors"]
     )
-    def test_any_status_anywhere(self, status: int, path: str, standin: HubStandIn) -> None:
-        standin.statuses[path] = status
-        message = failure(parse_spec("acme/tiny"))
-        assert str(status) in message or "failed 3 times" in message
-        assert len(standin.requests) < 60
+    def test_any_status_anywhere(
+        self, status: int, path: str, standin: HubStandIn, waits: list[float]
+    ) -> None:
+        standin.statuses[path] = status  # with Retry-After: 300
+        assert f"({status})" in failure(parse_spec("acme/tiny"))
+        assert len(standin.requests) < 40
+        assert sum(waits) < 10
         standin.statuses.clear()
         assert locate(parse_spec("acme/tiny")).origin == "hub"
 
     @pytest.mark.parametrize("path", ["/tree/", "/tokenizer.json", "tiny/model.safetensors"])
     def test_a_hub_that_falls_silent_later(
-        self, path: str, standin: HubStandIn, monkeypatch: pytest.MonkeyPatch
+        self,
+        path: str,
+        standin: HubStandIn,
+        waits: list[float],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         from huggingface_hub import constants
 
@@ -618,8 +643,16 @@ socket.getaddrinfo = getaddrinfo
         monkeypatch.setattr(hub, "_STALL_SECONDS", 0.3)
         standin.hangs.add(path)
         failure(parse_spec("acme/tiny"))
+        assert sum(waits) < 10
         standin.hangs.clear()
         assert locate(parse_spec("acme/tiny")).origin == "hub"
+
+    def test_a_hub_that_goes_away_later(self, standin: HubStandIn, waits: list[float]) -> None:
+        standin.storage_url = "http://127.0.0.1:9"
+        message = failure(parse_spec("acme/tiny"))
+        assert "the hub failed 3 times in a row" in message
+        assert "could not be written" not in message
+        assert sum(waits) < 10
 
     def test_an_answer_that_is_no_hubs(self, monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
         with HubStandIn({}) as portal:
@@ -670,14 +703,15 @@ class TestProgress:
         first, last = done.stderr.splitlines()
         assert first.startswith("downloading tiny (acme/tiny), 3.0 MB, to ")
         assert last.startswith("downloaded tiny in ")
+        assert all("acme/tiny" in request.path for request in standin.requests)  # no telemetry
 
     def test_a_bar_on_a_terminal(self, standin: HubStandIn) -> None:
         ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 100))
         with subprocess.Popen(
             [sys.executable, "-c", LOOPBACK_ONLY + LOCATE],
             stdout=subprocess.DEVNULL,
             stderr=theirs,
-            env={**os.environ, "COLUMNS": "100"},
         ) as process:
             os.close(theirs)
             shown = b""
@@ -726,7 +760,7 @@ class TestPull:
         assert not any(path.is_symlink() for path in saved.rglob("*"))
         for name in names(saved):
             assert (saved / name).read_bytes() == (model / name).read_bytes()
-        assert os.listdir(saved.parent) == ["tiny"]
+        assert list(saved.parent.iterdir()) == [saved]
         assert locate(parse_spec("acme/tiny"), models_dir=saved.parent).origin == "models-dir"
 
     def test_what_is_there_already_is_left_alone(self, model: Path, tmp_path: Path) -> None:
@@ -736,7 +770,7 @@ class TestPull:
         assert pull(spec, tmp_path) == saved
         assert (saved / "config.json").stat() == before
         (saved / "config.json").write_text("{}")
-        with pytest.raises(ModelUnavailable, match="is there already and is not tiny"):
+        with pytest.raises(ModelUnavailable, match="is there already and is not tiny as found in"):
             pull(spec, tmp_path)
         assert (saved / "config.json").read_text() == "{}"
 
@@ -767,7 +801,7 @@ class TestPull:
         monkeypatch.setattr(shutil, "copyfile", fill_up)
         with pytest.raises(ModelUnavailable, match="No space left on device"):
             pull(parse_spec(str(model)), tmp_path / "to")
-        assert os.listdir(tmp_path / "to") == []
+        assert list((tmp_path / "to").iterdir()) == []
 
     def test_wrong_weights_are_not_saved(self, model: Path, tmp_path: Path) -> None:
         cached(model)

@@ -286,7 +286,7 @@ def _nomic_bert(config: Config) -> Architecture:
 
 def _nomic_of_transformers(config: Config) -> Architecture:
     sizes = _sizes(config)
-    rotary = _rotary(config.get("rope_parameters"), 1000.0, sizes["head_dim"])
+    rotary = _rotary(_rope_parameters(config), 1000.0, sizes["head_dim"])
     return Architecture(
         **sizes,
         attention=(Attention(rotary=rotary),) * _size(config, "num_hidden_layers"),
@@ -324,7 +324,11 @@ def _modernbert(config: Config) -> Architecture:
         "sliding_attention" if layer % every else "full_attention" for layer in range(layers)
     ]
     window = _size(config, "local_attention") // 2
-    ropes = config.get("rope_parameters") or {}
+    ropes = _rope_parameters(config) or {}
+    if not isinstance(ropes, Mapping) or set(ropes) - {"full_attention", "sliding_attention"}:
+        raise ModelNotSupported(
+            "config.json: rope_parameters must be given for each kind of layer_types."
+        )
     by_kind = {
         "full_attention": Attention(
             rotary=_rotary(
@@ -377,8 +381,8 @@ def _qwen3(config: Config) -> Architecture:
         raise ModelNotSupported(
             f"config.json: {heads} attention heads don't divide among {kv_heads} of keys."
         )
-    parameters = config.get("rope_parameters") or config.get("rope_scaling")
-    rotary = _rotary(parameters, _number(config, "rope_theta", 10_000.0), head_dim)
+    theta = _number(config, "rope_theta", 10_000.0)
+    rotary = _rotary(_rope_parameters(config), theta, head_dim)
     by_kind = {"full_attention": Attention(causal=True, rotary=rotary)}
     kinds = config.get("layer_types") or ["full_attention"] * layers
     _check_kinds(kinds, layers, by_kind)
@@ -484,6 +488,12 @@ def _activation(config: Config, key: str, default: str = "gelu") -> Activation:
     if name not in _ACTIVATIONS:
         raise ModelNotSupported(f"config.json: {key} {name!r} is not supported.")
     return _ACTIVATIONS[name]
+
+
+def _rope_parameters(config: Config) -> object:
+    """As transformers 5 writes them, or under the older key, which wins where both are."""
+    _allow(config, partial_rotary_factor=(None, 1))
+    return config.get("rope_scaling") or config.get("rope_parameters") or None
 
 
 def _rotary(parameters: object, default_theta: float, head_dim: int) -> Rotary:

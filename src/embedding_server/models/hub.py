@@ -265,7 +265,7 @@ def pull(
 
 def _expanded(text: str) -> str:
     # Path.expanduser raises for a user without a home, as many a container's has none.
-    return os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111
+    return os.path.expanduser(text)  # noqa: PTH111
 
 
 def _is_true(variable: str) -> bool:
@@ -304,14 +304,18 @@ def _catalog_spec(row: CatalogModel, revision: str | None, requested: bool) -> M
     )
 
 
+def _hub_id(spec: ModelSpec) -> str:
+    return f"{spec.repo}@{spec.revision}" if spec.revision else str(spec.repo)
+
+
 def _what(spec: ModelSpec) -> str:
-    return f"{spec.name} ({spec.repo}{f'@{spec.revision}' if spec.revision else ''})"
+    return f"{spec.name} ({_hub_id(spec)})" if spec.repo else spec.name
 
 
 def _usual_fix(spec: ModelSpec) -> str:
     row = CATALOG.get(spec.name)
     known = row is not None and row.revision == spec.revision
-    model = spec.name if known else f"{spec.repo}{f'@{spec.revision}' if spec.revision else ''}"
+    model = spec.name if known else _hub_id(spec)
     fix = (
         f"run `embedding-server models pull {model} --to DIR` where there is network and start "
         "here with `--load-models-from DIR`"
@@ -359,7 +363,7 @@ def _cache_folder() -> Path:
         f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
     )
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(_expanded(cache or f"{home}/hub")).absolute()
+    return Path(os.path.expandvars(_expanded(cache or f"{home}/hub"))).absolute()
 
 
 def _repo_folder(cache: Path, repo: str) -> Path:
@@ -372,7 +376,7 @@ def _in_cache(spec: ModelSpec, onnx_file: str | None) -> LocatedModel | str:
     commit = spec.revision or "main"
     if not _COMMIT.fullmatch(commit):
         ref = storage / "refs" / commit
-        commit = ref.read_text().strip() if ref.is_file() else ""
+        commit = ref.read_text(errors="replace").strip() if ref.is_file() else ""
     snapshot = storage / "snapshots" / commit
     if not _COMMIT.fullmatch(commit) or not snapshot.is_dir():
         return f"it is not in the hub cache {cache}"
@@ -514,7 +518,6 @@ def _fetch(
             cache_dir=cache,
             endpoint=endpoint,
             token=token,
-            etag_timeout=_ANSWER_SECONDS,
             allow_patterns=list(_SMALL_FILES),
         )
     )
@@ -526,13 +529,7 @@ def _fetch(
             headers = {**build_hf_headers(token=token), "Accept-Encoding": "identity"}
             _fetch_large(url, headers, _repo_folder(cache, repo), lfs.sha256, lfs.size, name=name)
         hf_hub_download(
-            repo,
-            name,
-            revision=commit,
-            cache_dir=cache,
-            endpoint=endpoint,
-            token=token,
-            etag_timeout=_ANSWER_SECONDS,
+            repo, name, revision=commit, cache_dir=cache, endpoint=endpoint, token=token
         )
     if lacking := _lacks(_names(snapshot), onnx_file):
         raise _NoDownloadError(f"the download from the hub left out {lacking}", "try again")
@@ -644,22 +641,29 @@ def _bounded_client() -> Iterator[None]:
     patience = max(_STALL_SECONDS, constants.HF_HUB_DOWNLOAD_TIMEOUT)
     tries: Counter[tuple[str, str, str | None]] = Counter()
 
-    def before(request: Any) -> None:
+    def key(request: Any) -> tuple[str, str, str | None]:
         # A resumed download asks for another range, so only vain tries are counted.
-        key = (request.method, str(request.url), request.headers.get("range"))
-        tries[key] += 1
-        if tries[key] > _TRIES:
+        return request.method, str(request.url), request.headers.get("range")
+
+    def before(request: Any) -> None:
+        tries[key(request)] += 1
+        if tries[key(request)] > _TRIES:
             raise _NoDownloadError(f"the hub failed {_TRIES} times in a row")
         limits = request.extensions.setdefault("timeout", {})
         read = min(limits.get("read") or patience, patience)
         limits.update(connect=_CONNECT_SECONDS, read=read, write=patience, pool=patience)
 
     def after(response: Any) -> None:
-        if response.status_code == 429:  # else it sleeps for as long as the hub asks, minutes
+        status = response.status_code
+        if status == 429:
             raise _NoDownloadError(
                 "the hub takes no more requests from here for now (429)",
                 "try again in some minutes, or set HF_TOKEN or --hf-token for a higher limit",
             )
+        if status >= 500:
+            response.headers.pop("retry-after", None)  # it would be slept for: minutes, it may be
+            if tries[key(response.request)] >= _TRIES:
+                raise _NoDownloadError(f"the hub failed {_TRIES} times in a row ({status})")
 
     made = _http._GLOBAL_CLIENT_FACTORY  # the user's own, it may be: there is no getter
 
@@ -703,10 +707,8 @@ def _bounded_client() -> Iterator[None]:
 
 def _explained(error: BaseException, spec: ModelSpec) -> _NoDownloadError:
     """Any failure of a download as a reason and a remedy."""
-    while error.__cause__ is not None and not isinstance(error, _NoDownloadError):
-        if hasattr(error, "response"):
-            break
-        error = error.__cause__
+    if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__ is not None:
+        error = error.__cause__  # "not in the cache either", and so it says nothing of its own
     if isinstance(error, _NoDownloadError):
         return error
     kind = {cls.__name__ for cls in type(error).__mro__}

@@ -286,7 +286,8 @@ def _nomic_bert(config: Config) -> Architecture:
 
 def _nomic_of_transformers(config: Config) -> Architecture:
     sizes = _sizes(config)
-    rotary = _rotary(_rope_parameters(config), 1000.0, sizes["head_dim"])
+    theta = _number(config, "rope_theta", 1000.0)
+    rotary = _rotary(_rope_parameters(config), theta, sizes["head_dim"])
     return Architecture(
         **sizes,
         attention=(Attention(rotary=rotary),) * _size(config, "num_hidden_layers"),
@@ -318,7 +319,7 @@ _NOMIC_TENSORS: Mapping[str, Any] = {
 
 def _modernbert(config: Config) -> Architecture:
     sizes = _sizes(config)
-    every = config.get("global_attn_every_n_layers", 3)
+    every = _size({"global_attn_every_n_layers": 3, **config}, "global_attn_every_n_layers")
     layers = _size(config, "num_hidden_layers")
     kinds = config.get("layer_types") or [
         "sliding_attention" if layer % every else "full_attention" for layer in range(layers)
@@ -490,6 +491,9 @@ def _activation(config: Config, key: str, default: str = "gelu") -> Activation:
     return _ACTIVATIONS[name]
 
 
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
+
+
 def _rope_parameters(config: Config) -> object:
     """As transformers 5 writes them, or under the older key, which wins where both are."""
     _allow(config, partial_rotary_factor=(None, 1))
@@ -502,6 +506,10 @@ def _rotary(parameters: object, default_theta: float, head_dim: int) -> Rotary:
         return Rotary(default_theta, head_dim)
     if not isinstance(parameters, Mapping):
         raise ModelNotSupported(f"config.json: rope_parameters {parameters!r} is not supported.")
+    if unknown := set(parameters) - _ROPE_KEYS:
+        raise ModelNotSupported(
+            f"config.json: rope_parameters sets {', '.join(sorted(unknown))}, not known here."
+        )
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default" or parameters.get("partial_rotary_factor", 1) != 1:
         raise ModelNotSupported(f"config.json: rotary embedding {kind!r} is not supported.")

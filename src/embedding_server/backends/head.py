@@ -136,10 +136,9 @@ def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
     if "pooling_mode" in config:
         mode = config["pooling_mode"]
         modes = (mode,) if isinstance(mode, str) else tuple(mode)
-    elif any(flag in config for flag in _POOLING_FLAGS):
-        modes = tuple(mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag))
     else:
-        modes = ("mean",)
+        modes = tuple(mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag))
+        modes = modes or ("mean",)
     unsupported = [mode for mode in modes if mode not in POOLINGS]
     if unsupported or not modes:
         raise ModelNotSupported(

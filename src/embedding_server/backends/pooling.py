@@ -27,7 +27,7 @@ def _last(states: States, prompt: int) -> NDArray[np.floating[Any]]:
 
 
 def _max(states: States, prompt: int) -> NDArray[np.floating[Any]]:
-    return np.asarray(states[prompt:].max(axis=0))
+    return np.asarray(states[prompt:].max(axis=0, initial=-np.inf))
 
 
 def _sum(states: States) -> NDArray[np.floating[Any]]:

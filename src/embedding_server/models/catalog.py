@@ -15,6 +15,7 @@ class CatalogModel:
     name: str
     repo: str
     revision: str | None = None
+    """The commit that is served; None for the newest, where none was verified."""
     sha256: str | None = None
     """Digest of ``model.safetensors`` at ``revision``, where it is known."""
     package: str | None = None
@@ -33,6 +34,8 @@ _NOMIC_PROMPTS = {
     "clustering": "clustering: ",
     "classification": "classification: ",
 }
+_E5_PROMPTS = {"query": "query: ", "passage": "passage: "}
+_RETRIEVAL_PROMPT = {"query": "Represent this sentence for searching relevant passages: "}
 
 _MODELS = (
     CatalogModel(
@@ -55,6 +58,49 @@ _MODELS = (
         prompts=_NOMIC_PROMPTS,
         dimensions=(64, 128, 256, 512, 768),
         layer_norm=True,
+    ),
+    CatalogModel("all-MiniLM-L12-v2", "sentence-transformers/all-MiniLM-L12-v2"),
+    CatalogModel("all-mpnet-base-v2", "sentence-transformers/all-mpnet-base-v2"),
+    CatalogModel("all-distilroberta-v1", "sentence-transformers/all-distilroberta-v1"),
+    CatalogModel(
+        "paraphrase-multilingual-MiniLM-L12-v2",
+        "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",
+    ),
+    CatalogModel("bge-small-en-v1.5", "BAAI/bge-small-en-v1.5", prompts=_RETRIEVAL_PROMPT),
+    CatalogModel("bge-base-en-v1.5", "BAAI/bge-base-en-v1.5", prompts=_RETRIEVAL_PROMPT),
+    CatalogModel("bge-large-en-v1.5", "BAAI/bge-large-en-v1.5", prompts=_RETRIEVAL_PROMPT),
+    CatalogModel("bge-m3", "BAAI/bge-m3"),
+    CatalogModel("e5-base-v2", "intfloat/e5-base-v2", prompts=_E5_PROMPTS),
+    CatalogModel("multilingual-e5-small", "intfloat/multilingual-e5-small", prompts=_E5_PROMPTS),
+    CatalogModel("multilingual-e5-base", "intfloat/multilingual-e5-base", prompts=_E5_PROMPTS),
+    CatalogModel("multilingual-e5-large", "intfloat/multilingual-e5-large", prompts=_E5_PROMPTS),
+    CatalogModel("gte-base", "thenlper/gte-base"),
+    CatalogModel("gte-modernbert-base", "Alibaba-NLP/gte-modernbert-base"),
+    CatalogModel(
+        "modernbert-embed-base",
+        "nomic-ai/modernbert-embed-base",
+        prompts=_NOMIC_PROMPTS,
+        dimensions=(256, 768),
+    ),
+    CatalogModel(
+        "mxbai-embed-large-v1",
+        "mixedbread-ai/mxbai-embed-large-v1",
+        prompts=_RETRIEVAL_PROMPT,
+        dimensions=(128, 256, 512, 1024),
+    ),
+    CatalogModel(
+        "snowflake-arctic-embed-m", "Snowflake/snowflake-arctic-embed-m", prompts=_RETRIEVAL_PROMPT
+    ),
+    CatalogModel(
+        "Qwen3-Embedding-0.6B",
+        "Qwen/Qwen3-Embedding-0.6B",
+        dimensions=(32, 64, 128, 256, 512, 768, 1024),
+    ),
+    CatalogModel("potion-base-8M", "minishlab/potion-base-8M"),
+    CatalogModel(
+        "static-retrieval-mrl-en-v1",
+        "sentence-transformers/static-retrieval-mrl-en-v1",
+        dimensions=(32, 64, 128, 256, 512, 1024),
     ),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -11,7 +12,7 @@ from embedding_server.backends.base import BackendOptions, Pipeline
 from embedding_server.engine.batch import Batch
 from embedding_server.errors import ModelNotSupported
 
-__all__ = ["TorchBackend"]
+__all__ = ["TorchBackend", "load_sentence_transformer"]
 
 
 class TorchBackend:
@@ -30,32 +31,10 @@ class TorchBackend:
     @classmethod
     def load(cls, pipeline: Pipeline, options: BackendOptions) -> Self:
         """Load ``pipeline.folder``; raises ModelNotSupported without the extra or if it fails."""
-        try:
-            import torch
-            from sentence_transformers import SentenceTransformer
-            from sentence_transformers.base.modules import Normalize
-        except ImportError as error:
-            raise ModelNotSupported(
-                f"The torch backend needs the extra [torch] ({error}): "
-                "pip install 'embedding-server[torch]'."
-            ) from None
+        model = load_sentence_transformer(pipeline.folder)
+        import torch
+
         torch.set_num_threads(options.threads)
-        try:
-            model = SentenceTransformer(
-                str(pipeline.folder),
-                trust_remote_code=False,
-                local_files_only=True,
-                # Half-precision weights are computed in float32, as every backend does.
-                model_kwargs={"dtype": torch.float32, "use_safetensors": True},
-            )
-        except Exception as error:
-            raise ModelNotSupported(
-                f"sentence-transformers can't load {pipeline.folder}: {error}"
-            ) from error
-        # Scaling belongs to the request (`normalize`), so the model stops before it.
-        while isinstance(model[-1], Normalize):
-            del model[-1]
-        model.eval()
         return cls(model, pipeline)
 
     def embed(self, batch: Batch) -> NDArray[np.float32]:
@@ -84,3 +63,33 @@ class TorchBackend:
         with torch.inference_mode():
             vectors = self._model(features)["sentence_embedding"]
         return np.asarray(vectors.float().cpu().numpy(), dtype=np.float32)
+
+
+def load_sentence_transformer(folder: Path) -> Any:
+    """The SentenceTransformer in ``folder``, in float32 and without a final ``Normalize``.
+
+    Raises ModelNotSupported without the extra [torch], or if it can't be loaded.
+    """
+    try:
+        import torch
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.base.modules import Normalize
+    except ImportError as error:
+        raise ModelNotSupported(
+            f"sentence-transformers can't be used ({error}): pip install 'embedding-server[torch]'."
+        ) from None
+    try:
+        model = SentenceTransformer(
+            str(folder),
+            trust_remote_code=False,
+            local_files_only=True,
+            # Half-precision weights are computed in float32, as every backend does.
+            model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+        )
+    except Exception as error:
+        raise ModelNotSupported(f"sentence-transformers can't load {folder}: {error}") from error
+    # Scaling belongs to the request (`normalize`), so the model stops before it.
+    while isinstance(model[-1], Normalize):
+        del model[-1]
+    model.eval()
+    return model

@@ -1,0 +1,116 @@
+"""The ``models verify`` command: this server's vectors against sentence-transformers' own."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding_server.backends.torch import load_sentence_transformer
+from embedding_server.embedder import Embedder
+from embedding_server.engine.postprocess import normalize
+
+__all__ = ["TEXTS", "TOLERANCE", "Verification", "print_verification", "verify_vectors"]
+
+TOLERANCE = 1e-5
+"""Largest difference of any value of normalised vectors, as every backend promises."""
+
+_SENTENCE = "The quick brown fox jumps over the lazy dog, and nobody in the village is surprised. "
+
+TEXTS: tuple[str, ...] = (
+    "",
+    "a",
+    "iPhone",
+    "popular smartphone",
+    "How do I reset my password?",
+    "  spaces   around \t and\nbetween  ",
+    "ALL CAPITALS and MiXeD case",
+    "naïve café, Zürich, Kraków, crème brûlée",
+    "日本語の文章と中文的句子。",
+    "Привет, как дела? Γειά σου, τι κάνεις;",  # noqa: RUF001
+    "مرحبا بالعالم, שלום עולם, नमस्ते दुनिया",
+    "👍🏽 emoji 🚀 and 👩‍👩‍👧 families",
+    "x = [i ** 2 for i in range(10)]  # code",
+    "https://example.com/path?query=value&other=1#fragment",
+    "3.14159, 1e-12, 2026-11-22, +49 30 123456",
+    "[CLS] special [SEP] tokens <s> written </s> in <pad> the text",
+    *(_SENTENCE * count for count in (1, 2, 3, 5, 8, 13, 21, 34)),
+)
+"""Words, sentences, scripts, odd characters, and texts up to and beyond the usual limits."""
+
+_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """How near the active backend is to sentence-transformers, and how fast both are."""
+
+    model: str
+    backend: str
+    max_error: float
+    """Of any value, vectors scaled to length 1."""
+    worst_text: str
+    min_cosine: float
+    texts_per_second: float
+    reference_texts_per_second: float
+
+    @property
+    def exact(self) -> bool:
+        return self.max_error <= TOLERANCE
+
+
+def verify_vectors(embedder: Embedder, folder: Path) -> Verification:
+    """Embed ``TEXTS`` with ``embedder`` and with sentence-transformers from ``folder``.
+
+    Raises ModelNotSupported without the extra [torch], or if sentence-transformers itself
+    can't load the folder.
+    """
+    reference = load_sentence_transformer(folder)
+    texts = list(TEXTS)
+    found, seconds = _timed(lambda: embedder.embed(texts, normalize=False))
+    expected, reference_seconds = _timed(lambda: np.asarray(reference.encode(texts)))
+    found, expected = normalize(found), normalize(expected)
+    errors = np.abs(found - expected).max(axis=1)
+    return Verification(
+        model=embedder.info.name,
+        backend=embedder.info.backend,
+        max_error=float(errors.max()),
+        worst_text=texts[int(errors.argmax())],
+        min_cosine=float((found * expected).sum(axis=1).min()),
+        texts_per_second=len(texts) / seconds,
+        reference_texts_per_second=len(texts) / reference_seconds,
+    )
+
+
+def print_verification(result: Verification) -> None:
+    """Print ``result`` as a table."""
+    rows = (
+        ("model", result.model),
+        ("backend", result.backend),
+        ("texts", str(len(TEXTS))),
+        ("maximum error", f"{result.max_error:.2e}  (allowed {TOLERANCE:.0e})"),
+        ("worst text", repr(result.worst_text[:50])),
+        ("minimum cosine", f"{result.min_cosine:.9f}"),
+        ("speed", f"{result.texts_per_second:.0f} texts/s"),
+        ("sentence-transformers", f"{result.reference_texts_per_second:.0f} texts/s"),
+        ("verdict", "exact" if result.exact else "NOT EXACT"),
+    )
+    for name, value in rows:
+        sys.stdout.write(f"{name:<22} {value}\n")
+
+
+def _timed(work: Callable[[], NDArray[Any]]) -> tuple[NDArray[Any], float]:
+    """The result of ``work`` and the seconds of its fastest round."""
+    result = work()
+    seconds = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return result, min(seconds)

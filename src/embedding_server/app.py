@@ -73,6 +73,8 @@ def create_app(
         description="Text in, sentence embeddings out.",
         lifespan=lifespan,
         redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
     )
     app.state.settings = settings
     app.state.telemetry = telemetry

@@ -10,6 +10,7 @@ import uvicorn
 
 from embedding_server.app import create_app
 from embedding_server.errors import ConfigurationError
+from embedding_server.protocol import HttpProtocol
 from embedding_server.settings import Settings
 
 __all__ = ["serve"]
@@ -34,6 +35,8 @@ def serve(settings: Settings) -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             app,
+            http=HttpProtocol,
+            ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,

@@ -20,9 +20,20 @@ from pydantic_settings import (
 
 from embedding_server.errors import ConfigurationError
 
-__all__ = ["ENV_PREFIX", "Row", "Settings", "available_cores", "load_settings", "rows"]
+__all__ = [
+    "BACKEND_CHOICES",
+    "ENV_PREFIX",
+    "Row",
+    "Settings",
+    "available_cores",
+    "load_settings",
+    "rows",
+]
 
 ENV_PREFIX = "EMBEDDING_SERVER_"
+
+BackendChoice = Literal["auto", "onnx", "torch"]
+BACKEND_CHOICES: tuple[str, ...] = get_args(BackendChoice)
 
 # Which commands take a setting; ``list`` and ``pull`` are those of ``models``.
 _ALL = ("serve", "embed", "list", "pull")
@@ -79,7 +90,7 @@ class Settings(BaseSettings):
     hf_token: SecretStr | None = _setting(
         None, "Hugging Face token for gated or private models (HF_TOKEN works too)", _ALL
     )
-    backend: Literal["auto", "onnx", "torch"] = _setting(
+    backend: BackendChoice = _setting(
         "auto",
         "what computes: onnx (ONNX Runtime), torch (sentence-transformers; needs the extra "
         "[torch]), or auto: torch on a GPU, onnx for what it runs exactly, else torch",
@@ -117,12 +128,14 @@ class Settings(BaseSettings):
     )
 
     @model_validator(mode="after")
-    def _names_match_models(self) -> Settings:
+    def _settings_fit_together(self) -> Settings:
         if self.served_model_name and len(self.served_model_name) != len(self.model):
             raise ValueError(
                 f"--served-model-name is given {len(self.served_model_name)} times for "
                 f"{len(self.model)} --model; give one name for each model, in the same order"
             )
+        if not all(key.get_secret_value() for key in self.api_key):
+            raise ValueError("--api-key is empty; leave it out to let everyone in")
         if self.revision and len(self.model) != 1:
             raise ValueError("--revision needs exactly one --model; else write --model ID@REVISION")
         return self
@@ -159,6 +172,10 @@ def load_settings(flags: Mapping[str, object], config: Path | None = None) -> Se
     config = config or _config_from_environment()
     if config is not None and not config.is_file():
         raise ConfigurationError(f"The configuration file {config} does not exist.")
+
+    if os.environ.get(f"{ENV_PREFIX}API_KEY") == "":
+        # Other empty variables count as unset; this one would open the server to everyone.
+        raise ConfigurationError(f"{ENV_PREFIX}API_KEY is empty; unset it to let everyone in.")
 
     class Source(Settings):
         model_config = SettingsConfigDict(toml_file=config)

@@ -103,7 +103,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         # A *_created series beside each counter doubles the page and tells nobody anything.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         kinds = {"counter": Counter, "gauge": Gauge}
         self._metrics: dict[str, Counter | Gauge | Histogram] = {}

@@ -22,6 +22,24 @@ _REASONS = {
     503: "Starting, draining, or the model can't be used now.",
 }
 
+_RETRY_AFTER = {
+    "Retry-After": {
+        "description": "seconds until it's worth another try",
+        "schema": {"type": "integer", "minimum": 1},
+    }
+}
+
+_HEADERS: dict[int, dict[str, Any]] = {
+    401: {
+        "WWW-Authenticate": {
+            "description": "the scheme to authenticate with",
+            "schema": {"type": "string", "const": "Bearer"},
+        }
+    },
+    429: _RETRY_AFTER,
+    503: _RETRY_AFTER,
+}
+
 _REQUEST_ID = {
     "x-request-id": {
         "description": "the request's id: the client's own, if it sent a valid one",
@@ -29,11 +47,25 @@ _REQUEST_ID = {
     }
 }
 
+_CLIENT_REQUEST_ID = {
+    "name": "x-request-id",
+    "in": "header",
+    "required": False,
+    "description": "an id of the client's own, up to 128 printable ASCII characters; "
+    "the answer and the log carry it",
+    "schema": {"type": "string"},
+}
+
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The ``responses`` of a route that can answer these errors."""
     return {
-        status: {"model": ErrorResponse, "description": _REASONS[status]} for status in statuses
+        status: {
+            "model": ErrorResponse,
+            "description": _REASONS[status],
+            "headers": dict(_HEADERS.get(status, {})),
+        }
+        for status in statuses
     }
 
 
@@ -69,6 +101,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():
         for operation in operations.values():
+            operation.setdefault("parameters", []).append(_CLIENT_REQUEST_ID)
             # Path parameters are any string, so FastAPI's own 422 can't happen.
             operation["responses"].pop("422", None)
             for response in operation["responses"].values():

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from embedding_server.api.record import record_of
@@ -47,6 +48,8 @@ ERROR_STATUS: Mapping[type[EmbeddingServerError], tuple[int, str]] = {
     ModelNotSupported: (503, "service_unavailable"),
 }
 """Status and ``type`` of every exception of ours."""
+
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 _DEFAULT_CODES = {429: "overloaded", 500: "internal_error", 503: "not_ready"}
 
@@ -99,14 +102,26 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
+        headers = error.headers
         if error.status_code == 404:
             code = "not_found"
             message = f"There is nothing at {request.url.path}; the API is described at /docs."
         elif error.status_code == 405:
             code = "method_not_allowed"
             message = f"{request.method} is not possible at {request.url.path}."
+            headers = {"allow": ", ".join(_allowed_methods(request))}
         else:
             code, message = None, str(error.detail)
         return ErrorAnswer(
-            error.status_code, message, "invalid_request_error", code=code, headers=error.headers
+            error.status_code, message, "invalid_request_error", code=code, headers=headers
         )
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """What all routes at the request's path take; Starlette's own answer tells the first's."""
+
+    def taken(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes)
+
+    return [method for method in _METHODS if taken(method)]

@@ -78,8 +78,12 @@ class RequestMiddleware:
         )
         if record.error_code is not None:
             self._telemetry.error_answered(record.error_code)
-        # Probes and scrapes come every few seconds, and nobody asks for them.
-        level = logging.DEBUG if route in _QUIET and status < 400 else logging.INFO
+        level = logging.INFO
+        if status == 500:  # at --log-level error, too, its id must be found
+            level = logging.ERROR
+        elif route in _QUIET and status < 400:
+            # Probes and scrapes come every few seconds, and nobody asks for them.
+            level = logging.DEBUG
         if logger.isEnabledFor(level):
             fields: dict[str, object] = {
                 "id": record.id,

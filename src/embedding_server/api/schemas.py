@@ -253,7 +253,7 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
 
 def _explain(schema: type[_Request], error: ValidationError) -> InvalidRequest:
     problem = error.errors(include_url=False, include_context=False)[0]
-    field = str(problem["loc"][0])
+    field = str(problem["loc"][0])[:100]  # an unknown one may be as long as the body
     if problem["type"] == "extra_forbidden":
         known = ", ".join(schema.model_fields)
         return InvalidRequest(

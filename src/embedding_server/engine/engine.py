@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -139,7 +139,7 @@ class Engine:
         self._metrics = metrics
         self._pending: set[_Request] = set()
         self._admitted = 0
-        self._tokens_per_second: float | None = None
+        self._recent_tokens = self._recent_seconds = 0.0
         self._wake = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
@@ -215,7 +215,7 @@ class Engine:
                     param="prompt",
                 )
             return params.prompt
-        name = params.input_type or self.info.default_prompt
+        name = self.info.default_prompt if params.input_type is None else params.input_type
         if name is None:
             return ""
         for candidate in _PROMPT_SYNONYMS.get(name, (name,)):
@@ -225,7 +225,7 @@ class Engine:
             return ""  # as sentence-transformers' encode_query and encode_document
         known = ", ".join(repr(prompt) for prompt in self.info.prompts) or "none"
         raise InvalidRequest(
-            f"The model {self.info.name!r} has no prompt {name!r}; it has: {known}.",
+            f"The model {self.info.name!r} has no prompt {name[:100]!r}; it has: {known}.",
             param="input_type",
         )
 
@@ -237,7 +237,9 @@ class Engine:
         def work() -> list[Encoding]:
             return self._tokenizer.encode(inputs, prompt=prompt, truncate=truncate)
 
-        size = sum(map(len, inputs)) + len(inputs) * len(prompt)
+        # What has no length is no input, and for the tokenizer to refuse.
+        size = sum(len(value) for value in inputs if isinstance(value, Sized))
+        size += len(inputs) * len(prompt)
         encodings = work() if size <= _INLINE_CHARACTERS else await asyncio.to_thread(work)
         self._metrics.tokenize_duration.observe(time.perf_counter() - started)
         tokens = sum(len(encoding.ids) for encoding in encodings)
@@ -288,7 +290,8 @@ class Engine:
             return postprocess(
                 vectors,
                 dimensions=dimensions,
-                layer_norm_first=self.info.layer_norm,
+                # What the authors define ends in scaling; the unscaled output is the model's own.
+                layer_norm_first=self.info.layer_norm and params.normalize,
                 scale=params.normalize,
                 output_dtype=params.output_dtype,
             )
@@ -297,8 +300,8 @@ class Engine:
         return Embeddings(finished, encodings, dimensions or self.info.dims)
 
     def _overloaded(self, what: str) -> Overloaded:
-        rate = self._tokens_per_second
-        wait = self._scheduler.tokens / rate if rate else 1.0
+        seconds_per_token = self._recent_seconds / max(self._recent_tokens, 1.0)
+        wait = self._scheduler.tokens * seconds_per_token
         return Overloaded(
             f"The model {self.info.name!r} is at its limit: {what}. Try again later.",
             retry_after=max(1.0, wait),
@@ -357,9 +360,9 @@ class Engine:
         metrics.batch_tokens.observe(batch.tokens)
         if self._backend.padded:
             metrics.padding_tokens.inc(len(batch) * batch.max_seqlen - batch.tokens)
-        rate = batch.tokens / max(seconds, 1e-9)
-        previous = self._tokens_per_second
-        self._tokens_per_second = rate if previous is None else 0.9 * previous + 0.1 * rate
+        # Sums that fade, and not a mean of rates: many small batches would outvote a large one.
+        self._recent_tokens = 0.9 * self._recent_tokens + batch.tokens
+        self._recent_seconds = 0.9 * self._recent_seconds + seconds
 
     def _fail(self, entries: Sequence[Entry], message: str) -> None:
         for request in {_request_of(entry) for entry in entries}:

@@ -107,7 +107,7 @@ class Registry:
         except KeyError:
             served = ", ".join(self._engines)
             raise ModelNotFound(
-                f"The model {name!r} is not served here; there are: {served}.", param="model"
+                f"The model {name[:100]!r} is not served here; there are: {served}.", param="model"
             ) from None
 
     def __iter__(self) -> Iterator[Engine]:

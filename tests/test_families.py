@@ -40,7 +40,8 @@ def make(family: str, folder: Path, **options: Any) -> TinyModel:
 
 
 def expected_of(model: TinyModel, texts: list[str], **options: Any) -> NDArray[np.float32]:
-    reference = load_reference(model)
+    # Its other modules than the transformer compute in the checkpoint's own precision.
+    reference = load_reference(model).float()
     vectors: NDArray[np.float32] = reference.encode(texts, normalize_embeddings=True, **options)
     return vectors
 

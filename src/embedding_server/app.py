@@ -18,9 +18,9 @@ from embedding_server.api.middleware import ApiKeyMiddleware, RequestMiddleware
 from embedding_server.engine.engine import Limits
 from embedding_server.errors import ConfigurationError
 from embedding_server.models.catalog import DEFAULT_MODELS
-from embedding_server.models.hub import ModelSpec, parse_spec
 from embedding_server.models.loader import LoadOptions
 from embedding_server.models.registry import Registry
+from embedding_server.models.spec import ModelSpec, parse_spec
 from embedding_server.settings import Settings, available_cores
 from embedding_server.telemetry import Telemetry
 
@@ -41,7 +41,7 @@ def create_app(
     telemetry = Telemetry()
     registry = Registry(
         _specs(settings),
-        load_options(settings),
+        _load_options(settings),
         telemetry=telemetry,
         models_dir=settings.load_models_from,
         hf_token=settings.hf_token.get_secret_value() if settings.hf_token else None,
@@ -106,7 +106,7 @@ def _specs(settings: Settings) -> list[ModelSpec]:
     return specs
 
 
-def load_options(settings: Settings) -> LoadOptions:
+def _load_options(settings: Settings) -> LoadOptions:
     """How ``settings`` want models to be run."""
     return LoadOptions(
         backend=settings.backend,

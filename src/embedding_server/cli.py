@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EmbeddingServerError as error:
         print(f"embedding-server: {error}", file=sys.stderr)  # noqa: T201
         return 1
+    except OSError as error:  # a full disk, a file that may not be read
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"embedding-server: {what}", file=sys.stderr)  # noqa: T201
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -53,21 +57,38 @@ def build_parser() -> argparse.ArgumentParser:
         prog="embedding-server",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"embedding-server {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="serve | models | embed")
     serve = commands.add_parser(
-        "serve", help="answer HTTP requests", description="Answer HTTP requests."
+        "serve",
+        help="answer HTTP requests",
+        description="Answer HTTP requests.",
+        allow_abbrev=False,
     )
     _add_settings(serve, "serve")
     models = commands.add_parser(
-        "models", help="list models, or save them to a folder", description="What can be served."
+        "models",
+        help="list models, or save them to a folder",
+        description="What can be served.",
+        allow_abbrev=False,
     )
     actions = models.add_subparsers(dest="action", metavar="list | pull", required=True)
-    listing = actions.add_parser("list", help="what would be served, where it is, and its size")
+    listing = actions.add_parser(
+        "list",
+        help="what would be served, where it is, and its size",
+        description="What would be served, where it is, and its size.",
+        allow_abbrev=False,
+    )
     listing.add_argument("--json", action="store_true", help="one JSON object a line")
     _add_settings(listing, "list")
-    pulling = actions.add_parser("pull", help="save models in the hub's layout")
+    pulling = actions.add_parser(
+        "pull",
+        help="save models in the hub's layout",
+        description="Save models in the hub's layout, whole and byte for byte.",
+        allow_abbrev=False,
+    )
     pulling.add_argument(
         "name", nargs="+", help="a catalog name, a hub id with optional @revision, or a folder"
     )
@@ -79,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         "embed",
         help="embed files or standard input, without a server",
         description="Embed a text a line, or a field of JSON lines, in order.",
+        allow_abbrev=False,
     )
     embed.add_argument(
         "files",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from embedding_server.errors import ConfigurationError, EmbeddingServerError, In
 from embedding_server.settings import Settings
 from embedding_server.writers import Writer, writer_for
 
-__all__ = ["CorpusOptions", "embed_corpus"]
+__all__ = ["BadLine", "CorpusOptions", "embed_corpus"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,35 +130,45 @@ def _embedded(
 
     What stands before a bad line is still yielded.
     """
+
+    def embed(lines: list[_Line]) -> Embeddings:
+        return embedder.embed_detailed([line.text for line in lines], options.params)
+
     waiting: deque[tuple[list[_Line], Future[Embeddings]]] = deque()
     bad_line: BadLine | None = None
     with ThreadPoolExecutor(_CHUNKS_AHEAD) as pool:
-        try:
-            for lines in _chunks(options.files, options.field):
-                texts = [line.text for line in lines]
-                waiting.append((lines, pool.submit(embedder.embed_detailed, texts, options.params)))
-                if len(waiting) > _CHUNKS_AHEAD:
-                    yield _finished(*waiting.popleft())
-        except BadLine as error:
-            bad_line = error
+        for chunk in _chunks(options.files, options.field):
+            if isinstance(chunk, BadLine):
+                bad_line = chunk
+                break
+            waiting.append((chunk, pool.submit(embed, chunk)))
+            if len(waiting) > _CHUNKS_AHEAD:
+                yield from _finished(*waiting.popleft(), embed)
         while waiting:
-            yield _finished(*waiting.popleft())
+            yield from _finished(*waiting.popleft(), embed)
     if bad_line is not None:
         raise bad_line
 
 
-def _finished(lines: list[_Line], future: Future[Embeddings]) -> tuple[list[_Line], Embeddings]:
+def _finished(
+    lines: list[_Line], future: Future[Embeddings], embed: Callable[[list[_Line]], Embeddings]
+) -> Iterator[tuple[list[_Line], Embeddings]]:
     try:
-        return lines, future.result()
+        embeddings = future.result()
     except InvalidRequest as error:
         if error.index is None:
             raise
+        if before := lines[: error.index]:
+            yield before, embed(before)
         raise lines[error.index].error(error.reason) from None
+    yield lines, embeddings
 
 
-def _chunks(files: Sequence[str], field: str | None) -> Iterator[list[_Line]]:
+def _chunks(files: Sequence[str], field: str | None) -> Iterator[list[_Line] | BadLine]:
+    """Lines by the chunk; a line that can't be read is the last to come, as its error."""
     chunk: list[_Line] = []
     characters = 0
+    bad_line: BadLine | None = None
     try:
         for line in _lines(files, field):
             chunk.append(line)
@@ -165,12 +176,12 @@ def _chunks(files: Sequence[str], field: str | None) -> Iterator[list[_Line]]:
             if len(chunk) >= _CHUNK_TEXTS or characters >= _CHUNK_CHARACTERS:
                 yield chunk
                 chunk, characters = [], 0
-    except BadLine:
-        if chunk:
-            yield chunk
-        raise
+    except BadLine as error:
+        bad_line = error
     if chunk:
         yield chunk
+    if bad_line is not None:
+        yield bad_line
 
 
 def _lines(files: Sequence[str], field: str | None) -> Iterator[_Line]:
@@ -183,6 +194,8 @@ def _lines(files: Sequence[str], field: str | None) -> Iterator[_Line]:
 
 
 def _read_line(line: _Line, raw: bytes, field: str | None) -> _Line:
+    if line.number == 1:
+        raw = raw.removeprefix(codecs.BOM_UTF8)  # which editors on Windows write
     try:
         text = raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
@@ -201,5 +214,5 @@ def _read_line(line: _Line, raw: bytes, field: str | None) -> _Line:
 def _check_readable(files: Sequence[str]) -> None:
     """Fail before a model is loaded, rather than at the last of many files."""
     for file in files:
-        if file != "-" and not os.access(file, os.R_OK):
-            raise ConfigurationError(f"The file {file} does not exist or can't be read.")
+        if file != "-" and (Path(file).is_dir() or not os.access(file, os.R_OK)):
+            raise ConfigurationError(f"{file} is no file that exists and can be read.")

@@ -5,29 +5,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import Future
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedding_server.engine.engine import Embeddings, EmbedParams, Engine, Limits
 from embedding_server.engine.info import ModelInfo
-from embedding_server.engine.postprocess import OutputDtype
+from embedding_server.engine.postprocess import OutputDtype, postprocess
 from embedding_server.engine.tokenizer import Input
-from embedding_server.models.hub import parse_spec
+from embedding_server.errors import ConfigurationError, NotReady
 from embedding_server.models.loader import LoadOptions
 from embedding_server.models.registry import Registry
-from embedding_server.settings import available_cores
+from embedding_server.models.spec import parse_spec
+from embedding_server.settings import BACKEND_CHOICES, available_cores
 from embedding_server.telemetry import Telemetry
 
 __all__ = ["Embedder"]
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
 Result = TypeVar("Result")
 
 _NO_LIMITS = Limits(
@@ -39,7 +42,8 @@ class Embedder:
     """One model, ready to embed: ``Embedder("all-MiniLM-L6-v2").embed(["iPhone"])``.
 
     Takes what ``--model`` takes. Safe to use from several threads, whose texts then share
-    batches. Raises ModelError if the model can't be had or run.
+    batches. Raises ModelError if the model can't be had or run, and ConfigurationError for an
+    unknown ``backend``.
     """
 
     def __init__(
@@ -54,28 +58,30 @@ class Embedder:
         load_models_from: Path | str | None = None,
         hf_token: str | None = None,
     ) -> None:
-        # A loop of its own, so that it also works where one is running, as in a notebook.
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="embedder", daemon=True)
-        self._thread.start()
-        self._closed = False
-        try:
-            self._registry = Registry(
-                [parse_spec(model, revision=revision)],
-                LoadOptions(
-                    backend=backend,
-                    threads=threads or available_cores(),
-                    limits=_NO_LIMITS,
-                    onnx_file=onnx_file,
-                    max_batch_tokens=max_batch_tokens,
-                ),
-                telemetry=Telemetry(),
-                models_dir=Path(load_models_from) if load_models_from else None,
-                hf_token=hf_token,
+        if backend not in BACKEND_CHOICES:
+            raise ConfigurationError(
+                f"There is no backend {backend!r}; there are {', '.join(BACKEND_CHOICES)}."
             )
-            self._call(self._registry.load())
+        self._registry = Registry(
+            [parse_spec(model, revision=revision)],
+            LoadOptions(
+                backend=backend,
+                threads=threads or available_cores(),
+                limits=_NO_LIMITS,
+                onnx_file=onnx_file,
+                max_batch_tokens=max_batch_tokens,
+            ),
+            telemetry=Telemetry(),
+            models_dir=Path(load_models_from) if load_models_from else None,
+            hf_token=hf_token,
+        )
+        self._loop = _LoopThread()
+        # Also when it is forgotten, or the program ends without a close.
+        self._end = weakref.finalize(self, self._loop.close, self._registry.close)
+        try:
+            self._loop.run(self._registry.load)
         except BaseException:
-            self._stop_loop()
+            self._end()
             raise
         self._engine: Engine = next(iter(self._registry))
 
@@ -99,7 +105,7 @@ class Embedder:
 
         The options are those of ``/v1/embeddings``; texts that had to be cut are told in a log
         warning. Raises InvalidRequest for inputs or options the model can't take,
-        InferenceFailed if it fails on them.
+        InferenceFailed if it fails on them, NotReady when closed.
         """
         params = EmbedParams(
             dimensions=dimensions,
@@ -111,8 +117,10 @@ class Embedder:
         )
         if isinstance(inputs, str):
             raise TypeError("embed() takes a list of texts: write embed([text])")
-        if not len(inputs):
-            return np.empty((0, dimensions or self.info.dims), dtype=np.float32)
+        inputs = list(inputs)
+        if not inputs:
+            nothing = np.empty((0, self.info.dims), dtype=np.float32)
+            return postprocess(nothing, dimensions=dimensions, output_dtype=output_dtype)
         answer = self.embed_detailed(inputs, params)
         if answer.truncated:
             logger.warning(
@@ -123,14 +131,11 @@ class Embedder:
 
     def embed_detailed(self, inputs: Sequence[Input], params: EmbedParams) -> Embeddings:
         """As ``embed``, with every input's length and whether it was cut; at least one input."""
-        return self._call(self._engine.embed(inputs, params))
+        return self._loop.run(self._engine.embed, inputs, params)
 
     def close(self) -> None:
-        """Stop the engine and its threads; the embedder can't be used after."""
-        if not self._closed:
-            self._closed = True
-            self._call(self._registry.close())
-            self._stop_loop()
+        """Stop the engine and its threads; what other threads still wait for is NotReady."""
+        self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -143,15 +148,49 @@ class Embedder:
     ) -> None:
         self.close()
 
-    def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
-        future: Future[Result] = asyncio.run_coroutine_threadsafe(work, self._loop)
+
+class _LoopThread:
+    """An event loop in a thread of its own, which also works where one is running already."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._workers = ThreadPoolExecutor(thread_name_prefix="embedder")
+        self._loop.set_default_executor(self._workers)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="embedder", daemon=True)
+        self._thread.start()
+        self._closing = threading.Lock()
+        self._closed = False
+
+    def run(
+        self, work: Callable[P, Coroutine[Any, Any, Result]], *args: P.args, **kwargs: P.kwargs
+    ) -> Result:
+        """Do ``work`` in the loop; raises NotReady when closed."""
+        # Under the lock, so that nothing gets into the loop behind its end, to wait for ever.
+        with self._closing:
+            if self._closed:
+                raise NotReady("This Embedder is closed.")
+            future = asyncio.run_coroutine_threadsafe(work(*args, **kwargs), self._loop)
         try:
             return future.result()
         except BaseException:  # Ctrl-C here must stop the work there
             future.cancel()
             raise
 
-    def _stop_loop(self) -> None:
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do ``last``, wait for what is under way, and end the threads."""
+        with self._closing:
+            self._closed = True
+        if threading.current_thread() is self._thread:  # collected as garbage, in the loop itself
+            self._loop.stop()
+            return
+        asyncio.run_coroutine_threadsafe(last(), self._loop).result()
+        self._workers.shutdown()
+        asyncio.run_coroutine_threadsafe(_all_other_tasks(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _all_other_tasks() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*others, return_exceptions=True)

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_v
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -150,7 +151,17 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         toml = TomlConfigSettingsSource(settings_cls) if cls.model_config.get("toml_file") else None
-        return (init_settings, env_settings, *((toml,) if toml else ()))
+        return (init_settings, _Environment(settings_cls), *((toml,) if toml else ()))
+
+
+class _Environment(EnvSettingsSource):
+    def __call__(self) -> dict[str, Any]:
+        values = super().__call__()
+        # Kubernetes gives every pod beside a Service named embedding-server the variable
+        # EMBEDDING_SERVER_PORT=tcp://10.0.0.1:5000, which is no setting of ours.
+        if str(values.get("port")).startswith("tcp://"):
+            del values["port"]
+        return values
 
 
 def available_cores() -> int:

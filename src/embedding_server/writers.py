@@ -47,6 +47,8 @@ def writer_for(output: str) -> OpenWriter:
         )
     if not path.absolute().parent.is_dir():
         raise ConfigurationError(f"The folder of the output {output} does not exist.")
+    if path.is_dir():
+        raise ConfigurationError(f"The output {output} is a folder; name a file.")
     if opener is _parquet:
         _import_pyarrow()
     return lambda dims: opener(path, dims)

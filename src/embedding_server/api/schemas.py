@@ -15,6 +15,7 @@ __all__ = [
     "Embedding",
     "EmbeddingsRequest",
     "EmbeddingsResponse",
+    "ErrorDetails",
     "ErrorResponse",
     "ModelDetails",
     "ModelNames",
@@ -24,6 +25,7 @@ __all__ = [
     "OpenAIModel",
     "OpenAIModels",
     "ServerStatus",
+    "Usage",
     "parse",
 ]
 

@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from embedding_server.engine.batch import Batch
 
-__all__ = ["BACKENDS", "Backend", "BackendOptions", "Module", "Pipeline", "backend_class"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendOptions",
+    "Module",
+    "OwnTokenizer",
+    "Pipeline",
+    "backend_class",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,16 @@ class BackendOptions:
     onnx_file: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class OwnTokenizer:
+    """The tokenizer that a backend's own library has loaded for the model."""
+
+    backend: tokenizers.Tokenizer
+    special_ids: frozenset[int]
+    keep_end: bool
+    """Whether a text that is too long loses its beginning."""
+
+
 class Backend(Protocol):
     """A ``Batch`` in, one pooled vector for each of its sequences out."""
 
@@ -64,6 +83,8 @@ class Backend(Protocol):
     """Whether a batch costs its size times its longest sequence."""
     default_batch_tokens: int
     """The budget of a batch that this device computes best."""
+    tokenizer: OwnTokenizer | None
+    """What texts must be tokenised with; None: what the model's files say."""
 
     @classmethod
     def load(cls, pipeline: Pipeline, options: BackendOptions) -> Self:

@@ -31,6 +31,7 @@ class PackedBackend:
     """The graph that ``build_graph`` makes of config and weights."""
 
     padded = False
+    tokenizer = None
     default_batch_tokens = _BATCH_TOKENS
 
     def __init__(
@@ -67,6 +68,7 @@ class OnnxFileBackend:
     """A model's own .onnx file, as optimum or sentence-transformers export it; pads its batches."""
 
     padded = True
+    tokenizer = None
     default_batch_tokens = _BATCH_TOKENS
 
     def __init__(

@@ -23,7 +23,8 @@ def _cls(states: States, prompt: int) -> NDArray[np.floating[Any]]:
 
 
 def _last(states: States, prompt: int) -> NDArray[np.floating[Any]]:
-    return np.asarray(states[-1])
+    # sentence-transformers gives zeros where nothing but the prompt is left.
+    return np.asarray(states[-1] if prompt < len(states) else np.zeros_like(states[-1]))
 
 
 def _max(states: States, prompt: int) -> NDArray[np.floating[Any]]:

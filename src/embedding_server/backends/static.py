@@ -20,6 +20,7 @@ class StaticBackend:
     """sentence-transformers' ``StaticEmbedding``: no token sees another, so there is no graph."""
 
     padded = False
+    tokenizer = None
     # A token costs the copying of one row, so a batch may hold very many.
     default_batch_tokens = 65_536
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
-from embedding_server.backends.base import BackendOptions, Pipeline
+from embedding_server.backends.base import BackendOptions, OwnTokenizer, Pipeline
 from embedding_server.engine.batch import Batch
 from embedding_server.errors import ModelNotSupported
 
@@ -24,6 +25,7 @@ class TorchBackend:
         self._model = model
         self._pad_token_id = pipeline.pad_token_id
         self._static = pipeline.body == "StaticEmbedding"
+        self.tokenizer = None if self._static else _own_tokenizer(model.tokenizer)
         self.dims = int(model.get_embedding_dimension())
         # A GPU fills up at thousands of tokens; a CPU gains nothing past a few hundred.
         self.default_batch_tokens = 1024 if str(model.device) == "cpu" else 16_384
@@ -65,6 +67,16 @@ class TorchBackend:
         return np.asarray(vectors.float().cpu().numpy(), dtype=np.float32)
 
 
+def _own_tokenizer(tokenizer: Any) -> OwnTokenizer:
+    if not tokenizer.is_fast:
+        raise ModelNotSupported(f"The tokenizer {type(tokenizer).__name__} is not a fast one.")
+    return OwnTokenizer(
+        backend=tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        special_ids=frozenset(tokenizer.all_special_ids),
+        keep_end=tokenizer.truncation_side == "left",
+    )
+
+
 def load_sentence_transformer(folder: Path) -> Any:
     """The SentenceTransformer in ``folder``, in float32 and without a final ``Normalize``.
 
@@ -91,5 +103,4 @@ def load_sentence_transformer(folder: Path) -> Any:
     # Scaling belongs to the request (`normalize`), so the model stops before it.
     while isinstance(model[-1], Normalize):
         del model[-1]
-    model.eval()
-    return model
+    return model.float().eval()

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Batch", "Encoding", "Entry"]
+__all__ = ["Batch", "Encoding", "Entry", "Request"]
 
 
 @dataclass(frozen=True, slots=True)

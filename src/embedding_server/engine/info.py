@@ -13,6 +13,8 @@ class ModelInfo:
     """One served model; ``/v1/models/{name}`` shows these fields."""
 
     name: str
+    architecture: str
+    """``model_type`` of its config, as ``bert``."""
     dims: int
     """Length of a full embedding."""
     max_tokens: int
@@ -26,6 +28,8 @@ class ModelInfo:
     layer_norm: bool = False
     """Layer-normalise before cutting to a Matryoshka size, as nomic-embed-text-v1.5 asks."""
     backend: str = ""
+    backend_reason: str = ""
+    """Why that backend was taken, in words."""
     revision: str | None = None
     sha256: str | None = None
     created: int = 0

@@ -25,9 +25,9 @@ class Scheduler:
     def __init__(self, *, max_batch_tokens: int, padded: bool = False) -> None:
         self._max_batch_tokens = max_batch_tokens
         self._padded = padded
-        # A heap of (start tag, arrival, entry) for each length. Lengths are few, so the
-        # oldest entry and the nearest lengths are found by looking at all of them.
-        self._by_length: dict[int, list[tuple[float, int, Entry]]] = {}
+        # A heap of (start tag, place in its request, arrival, entry) for each length. Lengths
+        # are few, so the oldest entry and the nearest lengths are found by looking at all.
+        self._by_length: dict[int, list[tuple[float, int, int, Entry]]] = {}
         self._arrivals = itertools.count()
         self._virtual_time = 0.0
         self._tokens = 0
@@ -49,11 +49,11 @@ class Scheduler:
         over virtual time and leaves room for those that come after it.
         """
         tag = self._virtual_time
-        for entry in entries:
+        for place, entry in enumerate(entries):
             entry.start = tag
             tag += entry.length
             bucket = self._by_length.setdefault(entry.length, [])
-            heapq.heappush(bucket, (entry.start, next(self._arrivals), entry))
+            heapq.heappush(bucket, (entry.start, place, next(self._arrivals), entry))
             self._tokens += entry.length
         self._entries += len(entries)
 
@@ -65,7 +65,11 @@ class Scheduler:
         if not self._entries:
             return []
         head = min(self._by_length, key=lambda length: self._by_length[length][0])
-        self._virtual_time = max(self._virtual_time, self._by_length[head][0][0])
+        start, place, _, _ = self._by_length[head][0]
+        # Time is the start tag in service. A request's first entry starts at the present, so
+        # it moves time by its own length: a stream of new requests would else hold time still
+        # and always go before what waits for a later tag.
+        self._virtual_time = max(self._virtual_time, start if place else start + head)
         batch = [self._pop(head)]
         tokens = longest = head
         for length in sorted(self._by_length, key=lambda length: abs(length - head)):
@@ -83,7 +87,7 @@ class Scheduler:
     def discard(self, request: Request) -> None:
         """Forget what still waits of ``request``."""
         for length, bucket in list(self._by_length.items()):
-            kept = [item for item in bucket if item[2].request is not request]
+            kept = [item for item in bucket if item[-1].request is not request]
             removed = len(bucket) - len(kept)
             if not removed:
                 continue
@@ -101,7 +105,7 @@ class Scheduler:
 
     def _pop(self, length: int) -> Entry:
         bucket = self._by_length[length]
-        entry = heapq.heappop(bucket)[2]
+        entry = heapq.heappop(bucket)[-1]
         if not bucket:
             del self._by_length[length]
         self._entries -= 1

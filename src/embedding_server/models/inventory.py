@@ -8,7 +8,9 @@ from pathlib import Path
 
 from embedding_server.errors import ModelUnavailable
 from embedding_server.models.catalog import DEFAULT_MODELS
-from embedding_server.models.hub import ModelSpec, locate, parse_spec, pull
+from embedding_server.models.hub import locate
+from embedding_server.models.pull import pull
+from embedding_server.models.spec import ModelSpec, parse_spec
 from embedding_server.settings import Settings
 
 __all__ = ["list_models", "pull_models"]

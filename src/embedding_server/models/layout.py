@@ -38,6 +38,13 @@ _MODEL_KEYS = {
 }
 _UNBOUNDED = 10**9
 """transformers writes a length like 1e30 for a tokenizer without a limit."""
+_DEFAULT_POSITIONS: Mapping[str, int] = {
+    **dict.fromkeys(("bert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta"), 512),
+    **dict.fromkeys(("qwen2", "qwen3"), 32768),
+    "modernbert": 8192,
+    "nomic_bert": 2048,
+}
+"""``max_position_embeddings`` where config.json has none, as transformers' classes set it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +52,11 @@ class Layout:
     """A model's folder, read."""
 
     pipeline: Pipeline
-    tokenizer_file: Path
-    max_tokens: int
+    max_tokens: int | None
+    """Longest input that isn't cut; None where only the tokenizer can say."""
     lowercase: bool
+    exclude_prompt: bool
+    """Whether pooling leaves the prompt's tokens out."""
     prompts: Mapping[str, str]
     default_prompt: str | None
 
@@ -57,46 +66,67 @@ def read_layout(folder: Path) -> Layout:
 
     Raises ModelNotSupported, naming file and key, for what no backend can do exactly.
     """
-    transformer, modules = _read_modules(folder)
-    config = _read_object(transformer / "config.json")
-    tokenizer_file = transformer / "tokenizer.json"
-    if not tokenizer_file.is_file():
+    has_modules = (folder / "modules.json").is_file()
+    first, *modules = _read_modules(folder) if has_modules else _default_modules(folder)
+    if first.kind not in ("Transformer", "StaticEmbedding"):
         raise ModelNotSupported(
-            f"{transformer} has no tokenizer.json. Save it with a fast tokenizer: "
+            f"{folder / 'modules.json'} begins with {first.kind}; only a Transformer or a "
+            "StaticEmbedding can be run."
+        )
+    static = first.kind == "StaticEmbedding"
+    home = first.folder
+    if not (home / "tokenizer.json").is_file():
+        raise ModelNotSupported(
+            f"{home} has no tokenizer.json. Save it with a fast tokenizer: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
-    _check_weights(transformer)
-    own = _read_transformer_config(transformer)
-    prompts, default_prompt = _read_prompts(folder)
+    _check_weights(home)
+    config = {} if static else _read_object(home / "config.json")
+    # sentence-transformers looks for its own settings only where there is a modules.json.
+    own = _read_transformer_config(home) if has_modules and not static else {}
+    prompts, default_prompt = _read_prompts(folder) if has_modules else ({}, None)
+    poolings = [module for module in modules if module.kind == "Pooling"]
     return Layout(
-        pipeline=Pipeline(folder, "Transformer", transformer, config, modules),
-        tokenizer_file=tokenizer_file,
-        max_tokens=_max_tokens(transformer, own, config),
+        pipeline=Pipeline(folder, first.kind, home, config, tuple(modules)),
+        max_tokens=None if static else _max_tokens(home, own, config),
         lowercase=bool(own.get("do_lower_case")),
+        exclude_prompt=any(not module.config.get("include_prompt", True) for module in poolings),
         prompts=prompts,
         default_prompt=default_prompt,
     )
 
 
-def _read_modules(folder: Path) -> tuple[Path, tuple[Module, ...]]:
-    """The transformer's folder and the modules after it."""
+def _read_modules(folder: Path) -> list[Module]:
     path = folder / "modules.json"
-    if not path.is_file():
-        # A plain transformers folder: sentence-transformers adds mean pooling to it.
-        return folder, (Module("Pooling", folder, {"pooling_mode": "mean"}),)
     entries = _read_json(path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ModelNotSupported(f"{path} is not a list of modules.")
+    if not entries:
+        raise ModelNotSupported(f"{path} names no module.")
     found = []
     for entry in entries:
         kind = str(entry.get("type", "")).rpartition(".")[2]
         where = _inside(folder, str(entry.get("path", "")), path)
         has_config = where != folder and (where / "config.json").is_file()
         found.append(Module(kind, where, _read_object(where / "config.json") if has_config else {}))
-    if not found or found[0].kind != "Transformer":
-        kind = found[0].kind if found else "nothing"
-        raise ModelNotSupported(f"{path} begins with {kind}; only a Transformer can be run.")
-    return found[0].folder, tuple(found[1:])
+    return found
+
+
+def _default_modules(folder: Path) -> list[Module]:
+    """What sentence-transformers makes of a plain transformers folder."""
+    path = folder / "tokenizer_config.json"
+    template = path.is_file() and _read_object(path).get("chat_template")
+    files = (folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja"))
+    if template or any(file.is_file() for file in files):
+        raise ModelNotSupported(
+            f"{folder} has a chat template and no modules.json: sentence-transformers would put "
+            "every text into the template. A modules.json keeps them as they are."
+        )
+    config = _read_object(folder / "config.json")
+    names = config.get("architectures") or [""]
+    causal = str(names[0]).endswith("ForCausalLM") and config.get("is_causal", True)
+    mode = "lasttoken" if causal else "mean"
+    return [Module("Transformer", folder, {}), Module("Pooling", folder, {"pooling_mode": mode})]
 
 
 def _inside(folder: Path, relative: str, source: Path) -> Path:
@@ -143,20 +173,52 @@ def _read_transformer_config(transformer: Path) -> Mapping[str, Any]:
 
 
 def _max_tokens(transformer: Path, own: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    """sentence-transformers' limit, never past the positions that the model has."""
-    tokenizer_config = transformer / "tokenizer_config.json"
-    limits = [config.get("max_position_embeddings"), config.get("n_positions")]
-    if own.get("max_seq_length") is not None:
-        limits.append(own["max_seq_length"])
-    elif tokenizer_config.is_file():
-        limits.append(_read_object(tokenizer_config).get("model_max_length"))
-    numbers = [int(limit) for limit in limits if limit is not None and 0 < limit < _UNBOUNDED]
-    if not numbers:
+    """sentence-transformers' limit, but never past the model's table of positions.
+
+    sentence-transformers goes past it where ``max_seq_length`` says so, or in RoBERTa's family,
+    whose table begins with unused rows; torch then fails on any text that long.
+    """
+    positions = _positions(config)
+    limits = {"max_seq_length": own.get("max_seq_length")}
+    if limits["max_seq_length"] is None:
+        path = transformer / "tokenizer_config.json"
+        tokenizer = _read_object(path) if path.is_file() else {}
+        length = tokenizer.get("model_max_length", tokenizer.get("max_len"))
+        limits = {"model_max_length": length, "max_position_embeddings": positions}
+    limits["usable positions"] = _usable_positions(config, positions)
+    for name, limit in limits.items():
+        number = isinstance(limit, int | float) and not isinstance(limit, bool)
+        if limit is not None and not (number and limit >= 1):
+            raise ModelNotSupported(f"{transformer}: {name} can't be {limit!r}.")
+    finite = [int(limit) for limit in limits.values() if limit is not None and limit < _UNBOUNDED]
+    if not finite:
         raise ModelNotSupported(
             f"{transformer} doesn't say how many tokens the model takes: set max_seq_length in "
             "sentence_bert_config.json."
         )
-    return min(numbers)
+    return min(finite)
+
+
+def _positions(config: Mapping[str, Any]) -> Any:
+    if "max_position_embeddings" in config:
+        return config["max_position_embeddings"]
+    # The GPT-2 style configs of Nomic's own repositories.
+    return config.get("n_positions", _DEFAULT_POSITIONS.get(str(config.get("model_type"))))
+
+
+def _usable_positions(config: Mapping[str, Any], positions: Any) -> int | None:
+    """How many tokens the table of positions has rows for; None where there is no such table."""
+    if not isinstance(positions, int):
+        return None
+    match config.get("model_type"):
+        case "bert" | "distilbert" | "electra":
+            return positions
+        case "roberta" | "xlm-roberta":
+            return positions - (config.get("pad_token_id", 1) or 0) - 1
+        case "mpnet":  # counts like RoBERTa, with a padding index that the config can't change
+            return positions - 2
+        case _:
+            return None
 
 
 def _read_prompts(folder: Path) -> tuple[Mapping[str, str], str | None]:
@@ -167,6 +229,8 @@ def _read_prompts(folder: Path) -> tuple[Mapping[str, str], str | None]:
     unknown = sorted(key for key, value in values.items() if key not in _MODEL_KEYS and value)
     if unknown:
         raise ModelNotSupported(f"{path} sets {', '.join(unknown)}, not known here.")
+    if values.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+        raise ModelNotSupported(f"{path}: a {values['model_type']} gives no sentence embeddings.")
     if values.get("truncate_dim") is not None:
         raise ModelNotSupported(
             f"{path} sets truncate_dim. Remove it there and send 'dimensions' with each request."

@@ -6,8 +6,9 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from embedding_server.backends.base import Backend, BackendOptions, Pipeline, backend_class
@@ -16,10 +17,12 @@ from embedding_server.engine.engine import Engine, Limits
 from embedding_server.engine.info import ModelInfo
 from embedding_server.engine.scheduler import Scheduler
 from embedding_server.engine.tokenizer import Tokenizer
-from embedding_server.errors import ModelNotSupported
+from embedding_server.errors import ConfigurationError, ModelNotSupported
 from embedding_server.models.catalog import CATALOG, CatalogModel
-from embedding_server.models.hub import LocatedModel, ModelSpec, sha256_of
+from embedding_server.models.hub import LocatedModel, sha256_of
 from embedding_server.models.layout import Layout, read_layout
+from embedding_server.models.spec import ModelSpec
+from embedding_server.models.tokenizers import load_static_tokenizer, load_tokenizer
 from embedding_server.telemetry import Telemetry
 
 __all__ = ["LoadOptions", "load_engine"]
@@ -36,6 +39,8 @@ class LoadOptions:
     limits: Limits
     onnx_file: str | None = None
     max_batch_tokens: int | None = None
+    matryoshka: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Matryoshka sizes by the model's served name, over those of the catalog."""
 
 
 def load_engine(
@@ -52,14 +57,26 @@ def load_engine(
     asked for computes the model exactly.
     """
     layout = read_layout(located.folder)
-    name, backend = _load_backend(layout.pipeline, options)
+    name, why, backend = _load_backend(layout.pipeline, options)
+    tokenizer = _load_tokenizer(layout, backend)
     row = _catalog_row(spec, located)
-    info = _describe(spec, located, layout, name, backend.dims, row)
-    tokenizer = Tokenizer.from_file(
-        layout.tokenizer_file,
-        max_tokens=layout.max_tokens,
-        vocab_size=layout.pipeline.config.get("vocab_size"),
-        lowercase=layout.lowercase,
+    weights = layout.pipeline.transformer / "model.safetensors"
+    info = ModelInfo(
+        name=spec.name,
+        architecture=str(layout.pipeline.config.get("model_type", layout.pipeline.body)),
+        dims=backend.dims,
+        max_tokens=tokenizer.max_tokens,
+        pooling=_pooling(layout.pipeline),
+        dimensions=_dimensions(spec.name, backend.dims, options, row),
+        prompts={**(row.prompts if row else {}), **layout.prompts},
+        default_prompt=layout.default_prompt,
+        layer_norm=row is not None and row.layer_norm,
+        backend=name,
+        backend_reason=why,
+        revision=located.revision,
+        sha256=spec.sha256 or (sha256_of(weights) if weights.is_file() else None),
+        created=int(weights.stat().st_mtime) if weights.is_file() else 0,
+        owned_by=spec.repo.partition("/")[0] if spec.repo else "local",
     )
     telemetry.model_loaded(
         info.name,
@@ -82,31 +99,41 @@ def load_engine(
     )
 
 
-def _load_backend(pipeline: Pipeline, options: LoadOptions) -> tuple[str, Backend]:
-    """The first backend that takes the model, and its name."""
+def _load_backend(pipeline: Pipeline, options: LoadOptions) -> tuple[str, str, Backend]:
+    """The first backend that takes the model: its name, why it was taken, and itself."""
     refusals: list[str] = []
     backend_options = BackendOptions(threads=options.threads, onnx_file=options.onnx_file)
-    for name in _candidates(options):
+    for name, why in _candidates(pipeline, options):
         try:
             backend = backend_class(name).load(pipeline, backend_options)
         except ModelNotSupported as refusal:
             refusals.append(f"{name}: {refusal}")
             continue
         if refusals:
-            logger.info("%s runs on %s (%s)", pipeline.folder, name, "; ".join(refusals))
-        return name, backend
+            why = "; ".join([why, *refusals])
+            logger.info("%s runs on %s: %s", pipeline.folder, name, why)
+        return name, why, backend
     raise ModelNotSupported("; ".join(refusals))
 
 
-def _candidates(options: LoadOptions) -> list[str]:
+def _candidates(pipeline: Pipeline, options: LoadOptions) -> Iterator[tuple[str, str]]:
+    """Backends in the order to try, each with the reason for its place."""
     if options.onnx_file is not None:
-        return ["onnx-file"]
+        yield "onnx-file", "--onnx-file asks for it"
+        return
     if options.backend == "torch":
-        return ["torch"]
-    onnx = ["onnx", "onnx-file"]
-    if options.backend == "onnx" or not _torch_installed():
-        return onnx
-    return ["torch", *onnx] if _gpu_present() else [*onnx, "torch"]
+        yield "torch", "--backend asks for it"
+        return
+    torch_too = options.backend == "auto" and _torch_installed()
+    if torch_too and _gpu_usable():
+        yield "torch", "a GPU is there"
+    if pipeline.body == "StaticEmbedding":
+        yield "static", "its vectors need no graph"
+    else:
+        yield "onnx", "its graph is built here"
+        yield "onnx-file", "it brings its own graph"
+    if torch_too:
+        yield "torch", "nothing lighter computes it"
 
 
 def _torch_installed() -> bool:
@@ -114,49 +141,61 @@ def _torch_installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in names)
 
 
-def _gpu_present() -> bool:
-    """Whether a GPU that torch can use is likely here, without torch's seconds of import."""
+def _gpu_usable() -> bool:
+    """Whether torch has a GPU; it is asked, for seconds, only where there is likely one."""
     if sys.platform == "darwin":
         return os.uname().machine == "arm64"
-    return Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia/version").exists()
+    if not (Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia/version").exists()):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _load_tokenizer(layout: Layout, backend: Backend) -> Tokenizer:
+    home, config = layout.pipeline.transformer, layout.pipeline.config
+    if layout.max_tokens is None:
+        return load_static_tokenizer(home / "tokenizer.json")
+    if backend.tokenizer is not None:
+        return Tokenizer(
+            backend.tokenizer.backend,
+            max_tokens=layout.max_tokens,
+            vocab_size=config.get("vocab_size"),
+            special_ids=backend.tokenizer.special_ids,
+            exclude_prompt=layout.exclude_prompt,
+            keep_end=backend.tokenizer.keep_end,
+        )
+    return load_tokenizer(
+        home,
+        config,
+        max_tokens=layout.max_tokens,
+        lowercase=layout.lowercase,
+        exclude_prompt=layout.exclude_prompt,
+    )
 
 
 def _catalog_row(spec: ModelSpec, located: LocatedModel) -> CatalogModel | None:
-    row = CATALOG.get(located.folder.name if spec.repo is None else spec.name)
-    row = row or next((row for row in CATALOG.values() if row.repo == spec.repo), None)
-    if row is not None and spec.repo is None:
+    if spec.repo is not None:
+        return next((row for row in CATALOG.values() if row.repo == spec.repo), None)
+    row = CATALOG.get(located.folder.name)
+    if row is not None:
         logger.info("%s is taken for the catalog's %s, by its name", located.folder, row.name)
     return row
 
 
-def _describe(
-    spec: ModelSpec,
-    located: LocatedModel,
-    layout: Layout,
-    backend: str,
-    dims: int,
-    row: CatalogModel | None,
-) -> ModelInfo:
-    weights = layout.pipeline.transformer / "model.safetensors"
-    pooling = next((m for m in layout.pipeline.modules if m.kind == "Pooling"), None)
-    info = ModelInfo(
-        name=spec.name,
-        dims=dims,
-        max_tokens=layout.max_tokens,
-        pooling="+".join(pooling_modes(pooling.config)) if pooling else "none",
-        prompts=dict(layout.prompts),
-        default_prompt=layout.default_prompt,
-        backend=backend,
-        revision=located.revision,
-        sha256=spec.sha256 or (sha256_of(weights) if weights.is_file() else None),
-        created=int(weights.stat().st_mtime) if weights.is_file() else 0,
-        owned_by=spec.repo.partition("/")[0] if spec.repo else "local",
-    )
-    if row is None:
-        return info
-    return replace(
-        info,
-        prompts={**row.prompts, **info.prompts},
-        dimensions=row.dimensions,
-        layer_norm=row.layer_norm,
-    )
+def _pooling(pipeline: Pipeline) -> str:
+    if pipeline.body == "StaticEmbedding":
+        return "mean"
+    poolings = [module.config for module in pipeline.modules if module.kind == "Pooling"]
+    return "+".join(pooling_modes(poolings[0])) if poolings else "none"
+
+
+def _dimensions(
+    name: str, dims: int, options: LoadOptions, row: CatalogModel | None
+) -> tuple[int, ...] | None:
+    sizes = options.matryoshka.get(name) or (row.dimensions if row else None)
+    if sizes and sizes[-1] > dims:
+        raise ConfigurationError(
+            f"The Matryoshka size {sizes[-1]} of {name} is over the model's {dims} dimensions."
+        )
+    return sizes

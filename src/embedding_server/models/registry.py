@@ -11,8 +11,9 @@ from pathlib import Path
 
 from embedding_server.engine.engine import Engine
 from embedding_server.errors import ModelError, ModelNotFound, ModelUnavailable, NotReady
-from embedding_server.models.hub import ModelSpec, locate, verify
+from embedding_server.models.hub import locate, verify
 from embedding_server.models.loader import LoadOptions, load_engine
+from embedding_server.models.spec import ModelSpec
 from embedding_server.telemetry import Telemetry
 
 __all__ = ["Registry"]

@@ -113,6 +113,7 @@ def _load_options(settings: Settings) -> LoadOptions:
         threads=settings.threads or available_cores(),
         onnx_file=settings.onnx_file,
         max_batch_tokens=settings.max_batch_tokens,
+        matryoshka=settings.matryoshka_sizes,
         limits=Limits(
             max_concurrent_requests=settings.max_concurrent_requests,
             max_queued_tokens=settings.max_queued_tokens,

@@ -21,6 +21,7 @@ Turns text into sentence embeddings: exact to sentence-transformers, without tor
   embedding-server serve --model all-MiniLM-L6-v2   one model
   embedding-server embed --model all-MiniLM-L6-v2 texts.txt -o vectors.npy
   embedding-server models list                      what there is, and where
+  embedding-server models verify all-MiniLM-L6-v2   compare with sentence-transformers
 """
 
 _SETTINGS_NOTE = (
@@ -70,11 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(serve, "serve")
     models = commands.add_parser(
         "models",
-        help="list models, or save them to a folder",
+        help="list models, show, save or verify one",
         description="What can be served.",
         allow_abbrev=False,
     )
-    actions = models.add_subparsers(dest="action", metavar="list | pull", required=True)
+    actions = models.add_subparsers(
+        dest="action", metavar="list | info | pull | verify", required=True
+    )
     listing = actions.add_parser(
         "list",
         help="what would be served, where it is, and its size",
@@ -83,6 +86,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     listing.add_argument("--json", action="store_true", help="one JSON object a line")
     _add_settings(listing, "list")
+    for action, help in (
+        ("info", "what a model is, and which backend computes it and why"),
+        (
+            "verify",
+            "compare a model's vectors with sentence-transformers' own (needs the extra [torch]); "
+            "exits with 1 past an error of 1e-5",
+        ),
+    ):
+        single = actions.add_parser(
+            action, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False
+        )
+        single.add_argument(
+            "name", help="a catalog name, a hub id with optional @revision, or a folder"
+        )
+        _add_settings(single, action)
     pulling = actions.add_parser(
         "pull",
         help="save models in the hub's layout",
@@ -171,11 +189,17 @@ def _run(command: str, options: dict[str, Any]) -> int:
         from embedding_server.corpus import CorpusOptions, embed_corpus
 
         return embed_corpus(settings, CorpusOptions(**options))
-    from embedding_server.models.inventory import list_models, pull_models
+    from embedding_server import inventory
 
-    if options["action"] == "list":
-        return list_models(settings, as_json=options["json"])
-    return pull_models(settings, options["name"], options["to"])
+    match options["action"]:
+        case "list":
+            return inventory.list_models(settings, as_json=options["json"])
+        case "info":
+            return inventory.show_model(settings, options["name"])
+        case "verify":
+            return inventory.verify_model(settings, options["name"])
+        case _:
+            return inventory.pull_models(settings, options["name"], options["to"])
 
 
 if __name__ == "__main__":

@@ -79,27 +79,13 @@ def embed_corpus(settings: Settings, options: CorpusOptions) -> int:
         raise ConfigurationError("embed needs exactly one --model, as --model all-MiniLM-L6-v2.")
     _check_readable(options.files)
     open_writer = writer_for(options.output)
-    with _open_embedder(settings) as embedder:
+    with Embedder.from_settings(settings.model[0], settings) as embedder:
         try:
             with open_writer(options.dimensions or embedder.info.dims) as writer:
                 _embed_all(embedder, options, writer)
         except BrokenPipeError:  # the reader, as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-def _open_embedder(settings: Settings) -> Embedder:
-    token = settings.hf_token
-    return Embedder(
-        settings.model[0],
-        revision=settings.revision,
-        backend=settings.backend,
-        onnx_file=settings.onnx_file,
-        threads=settings.threads,
-        max_batch_tokens=settings.max_batch_tokens,
-        load_models_from=settings.load_models_from,
-        hf_token=token.get_secret_value() if token else None,
-    )
 
 
 def _embed_all(embedder: Embedder, options: CorpusOptions, writer: Writer) -> None:

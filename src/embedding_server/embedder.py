@@ -23,7 +23,7 @@ from embedding_server.errors import ConfigurationError, NotReady
 from embedding_server.models.loader import LoadOptions
 from embedding_server.models.registry import Registry
 from embedding_server.models.spec import parse_spec
-from embedding_server.settings import BACKEND_CHOICES, available_cores
+from embedding_server.settings import BACKEND_CHOICES, Settings, available_cores
 from embedding_server.telemetry import Telemetry
 
 __all__ = ["Embedder"]
@@ -55,6 +55,7 @@ class Embedder:
         onnx_file: str | None = None,
         threads: int | None = None,
         max_batch_tokens: int | None = None,
+        matryoshka: Sequence[int] = (),
         load_models_from: Path | str | None = None,
         hf_token: str | None = None,
     ) -> None:
@@ -62,14 +63,16 @@ class Embedder:
             raise ConfigurationError(
                 f"There is no backend {backend!r}; there are {', '.join(BACKEND_CHOICES)}."
             )
+        spec = parse_spec(model, revision=revision)
         self._registry = Registry(
-            [parse_spec(model, revision=revision)],
+            [spec],
             LoadOptions(
                 backend=backend,
                 threads=threads or available_cores(),
                 limits=_NO_LIMITS,
                 onnx_file=onnx_file,
                 max_batch_tokens=max_batch_tokens,
+                matryoshka={spec.name: tuple(matryoshka)} if matryoshka else {},
             ),
             telemetry=Telemetry(),
             models_dir=Path(load_models_from) if load_models_from else None,
@@ -84,6 +87,22 @@ class Embedder:
             self._end()
             raise
         self._engine: Engine = next(iter(self._registry))
+
+    @classmethod
+    def from_settings(cls, model: str, settings: Settings) -> Self:
+        """The embedder of ``model`` as the command line's ``settings`` want it."""
+        token = settings.hf_token
+        return cls(
+            model,
+            revision=settings.revision,
+            backend=settings.backend,
+            onnx_file=settings.onnx_file,
+            threads=settings.threads,
+            max_batch_tokens=settings.max_batch_tokens,
+            matryoshka=settings.matryoshka_sizes.get(parse_spec(model).name, ()),
+            load_models_from=settings.load_models_from,
+            hf_token=token.get_secret_value() if token else None,
+        )
 
     @property
     def info(self) -> ModelInfo:

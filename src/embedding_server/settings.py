@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -36,10 +43,10 @@ ENV_PREFIX = "EMBEDDING_SERVER_"
 BackendChoice = Literal["auto", "onnx", "torch"]
 BACKEND_CHOICES: tuple[str, ...] = get_args(BackendChoice)
 
-# Which commands take a setting; ``list`` and ``pull`` are those of ``models``.
-_ALL = ("serve", "embed", "list", "pull")
+# Which commands take a setting; the last four are those of ``models``.
+_ALL = ("serve", "embed", "list", "info", "pull", "verify")
 _MODELS = ("serve", "embed", "list")
-_INFERENCE = ("serve", "embed")
+_INFERENCE = ("serve", "embed", "info", "verify")
 _SERVE = ("serve",)
 
 
@@ -58,6 +65,25 @@ def _setting(default: Any, help: str, commands: tuple[str, ...], **limits: Any) 
 
 Strings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+
+
+def _split_sizes(value: object) -> object:
+    """As ``_split``, for values that hold commas themselves."""
+    return tuple(part.strip() for part in value.split(";")) if isinstance(value, str) else value
+
+
+def _check_sizes(value: tuple[str, ...]) -> tuple[str, ...]:
+    for row in value:
+        name, _, sizes = row.partition("=")
+        numbers = [int(size) if size.strip().isdecimal() else 0 for size in sizes.split(",")]
+        if not name or 0 in numbers or numbers != sorted(set(numbers)):
+            raise ValueError(f"{row!r} must be a name and ascending sizes, as NAME=64,128,256")
+    return value
+
+
+Matryoshka = Annotated[
+    tuple[str, ...], NoDecode, BeforeValidator(_split_sizes), AfterValidator(_check_sizes)
+]
 
 
 class Settings(BaseSettings):
@@ -100,6 +126,13 @@ class Settings(BaseSettings):
     onnx_file: str | None = _setting(
         None, "run this .onnx file of the model's folder instead of the built graph", _INFERENCE
     )
+    matryoshka: Matryoshka = _setting(
+        (),
+        "NAME=64,128,256: sizes that 'dimensions' may cut the model's vectors to, for a model "
+        "that was trained for it and doesn't say so; may be repeated (separated by ; in the "
+        "environment)",
+        _INFERENCE,
+    )
     threads: int | None = _setting(
         None, "threads for inference; the cores this process may use by default", _INFERENCE, ge=1
     )
@@ -127,6 +160,12 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "least severe level that is logged", _ALL
     )
+
+    @property
+    def matryoshka_sizes(self) -> dict[str, tuple[int, ...]]:
+        """``matryoshka`` by the model's name."""
+        rows = (row.partition("=") for row in self.matryoshka)
+        return {name: tuple(int(size) for size in sizes.split(",")) for name, _, sizes in rows}
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Settings:

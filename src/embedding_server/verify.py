@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from embedding_server.backends.torch import load_sentence_transformer
 from embedding_server.embedder import Embedder
+from embedding_server.engine.engine import EmbedParams
 from embedding_server.engine.postprocess import normalize
 
 __all__ = ["TEXTS", "TOLERANCE", "Verification", "print_verification", "verify_vectors"]
@@ -73,16 +74,17 @@ def verify_vectors(embedder: Embedder, folder: Path) -> Verification:
     """
     reference = load_sentence_transformer(folder)
     texts = list(TEXTS)
-    found, seconds = _timed(lambda: embedder.embed(texts, normalize=False))
+    params = EmbedParams(normalize=False)
+    found, seconds = _timed(lambda: embedder.embed_detailed(texts, params).vectors)
     expected, reference_seconds = _timed(lambda: np.asarray(reference.encode(texts)))
-    found, expected = normalize(found), normalize(expected)
+    found, expected = (normalize(vectors).astype(np.float64) for vectors in (found, expected))
     errors = np.abs(found - expected).max(axis=1)
     return Verification(
         model=embedder.info.name,
         backend=embedder.info.backend,
         max_error=float(errors.max()),
         worst_text=texts[int(errors.argmax())],
-        min_cosine=float((found * expected).sum(axis=1).min()),
+        min_cosine=float(_cosines(found, expected).min()),
         texts_per_second=len(texts) / seconds,
         reference_texts_per_second=len(texts) / reference_seconds,
     )
@@ -103,6 +105,11 @@ def print_verification(result: Verification) -> None:
     )
     for name, value in rows:
         sys.stdout.write(f"{name:<22} {value}\n")
+
+
+def _cosines(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    return np.asarray((left * right).sum(axis=1) / np.maximum(lengths, 1e-12))
 
 
 def _timed(work: Callable[[], NDArray[Any]]) -> tuple[NDArray[Any], float]:

@@ -1,4 +1,4 @@
-"""The ``models`` command: what there is, where it lies, and saving it elsewhere."""
+"""The ``models`` command: what there is, what it is, where it lies, and saving it elsewhere."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 import sys
 from pathlib import Path
 
+from embedding_server.embedder import Embedder
 from embedding_server.errors import ModelUnavailable
 from embedding_server.models.catalog import DEFAULT_MODELS
 from embedding_server.models.hub import locate
 from embedding_server.models.pull import pull
 from embedding_server.models.spec import ModelSpec, parse_spec
 from embedding_server.settings import Settings
+from embedding_server.verify import print_verification, verify_vectors
 
-__all__ = ["list_models", "pull_models"]
+__all__ = ["list_models", "pull_models", "show_model", "verify_model"]
 
 
 def list_models(settings: Settings, *, as_json: bool) -> int:
@@ -51,6 +53,43 @@ def pull_models(settings: Settings, names: list[str], to: Path) -> int:
         folder = pull(parse_spec(name), to, models_dir=settings.load_models_from, token=token)
         sys.stdout.write(f"{folder}\n")
     return 0
+
+
+def show_model(settings: Settings, name: str) -> int:
+    """Load ``name`` and print what it is and how it would be computed; returns 0."""
+    with Embedder.from_settings(name, settings) as embedder:
+        info = embedder.info
+    prompts = ", ".join(f"{key} {text!r}" for key, text in info.prompts.items())
+    sizes = ", ".join(map(str, info.dimensions or ()))
+    rows = (
+        ("name", info.name),
+        ("architecture", info.architecture),
+        ("dimensions", str(info.dims)),
+        ("Matryoshka sizes", sizes or "none"),
+        ("max tokens", str(info.max_tokens)),
+        ("pooling", info.pooling),
+        ("prompts", prompts or "none"),
+        ("default prompt", info.default_prompt or "none"),
+        ("backend", f"{info.backend} ({info.backend_reason})"),
+        ("revision", info.revision or "unknown"),
+        ("sha256", info.sha256 or "unknown"),
+    )
+    for label, value in rows:
+        sys.stdout.write(f"{label:<17} {value}\n")
+    return 0
+
+
+def verify_model(settings: Settings, name: str) -> int:
+    """Compare ``name`` with sentence-transformers and print the result; returns 1 if not exact.
+
+    Raises ModelError if either can't load the model.
+    """
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    located = locate(parse_spec(name), models_dir=settings.load_models_from, token=token)
+    with Embedder.from_settings(name, settings) as embedder:
+        result = verify_vectors(embedder, located.folder)
+    print_verification(result)
+    return 0 if result.exact else 1
 
 
 def _row(spec: ModelSpec, models_dir: Path | None) -> dict[str, object]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from embedding_server.errors import ModelNotSupported
 
 __all__ = [
+    "ACTIVATIONS",
+    "ANY_FAMILY",
     "ARCHITECTURES",
     "Architecture",
     "Attention",
+    "Family",
     "Positions",
     "Rotary",
     "architecture_of",
@@ -20,7 +23,7 @@ __all__ = [
 Config = Mapping[str, Any]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "quick_gelu"]
 
-_ACTIVATIONS: Mapping[str, Activation] = {
+ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -32,7 +35,7 @@ _ACTIVATIONS: Mapping[str, Activation] = {
 }
 """transformers' names (``ACT2FN``) of the functions that are computed here."""
 
-_ANY_FAMILY: Mapping[str, tuple[object, ...]] = {
+ANY_FAMILY: Mapping[str, tuple[object, ...]] = {
     "quantization_config": (None,),
     "add_cross_attention": (None, False),
     "is_decoder": (None, False),
@@ -134,13 +137,13 @@ def architecture_of(config: Config) -> Architecture:
     the result and isn't implemented.
     """
     kind = config.get("model_type")
-    read = ARCHITECTURES.get(str(kind))
-    if read is None:
+    family = ARCHITECTURES.get(str(kind))
+    if family is None:
         raise ModelNotSupported(
             f"The architecture {kind!r} is not built here; there are: {', '.join(ARCHITECTURES)}."
         )
-    _allow(config, **_ANY_FAMILY)
-    return read(config)
+    _allow(config, {**ANY_FAMILY, **family.allowed})
+    return family.read(config)
 
 
 def _bert(config: Config) -> Architecture:
@@ -171,7 +174,6 @@ def _bert_like(
     norm_eps: float,
     prefixes: tuple[str, ...],
 ) -> Architecture:
-    _allow(config, position_embedding_type=(None, "absolute"))
     return Architecture(
         **_sizes(config),
         attention=(Attention(),) * _size(config, "num_hidden_layers"),
@@ -245,24 +247,6 @@ def _nomic_bert(config: Config) -> Architecture:
     """NomicBERT with its authors' GPT-2 style config, or with the fields of transformers."""
     if "n_embd" not in config:
         return _nomic_of_transformers(config)
-    _allow(
-        config,
-        rotary_emb_fraction=(1,),
-        rotary_emb_interleaved=(None, False),
-        rotary_emb_scale_base=(None,),
-        activation_function=("swiglu",),
-        qkv_proj_bias=(False,),
-        mlp_fc1_bias=(False,),
-        mlp_fc2_bias=(False,),
-        prenorm=(False,),
-        causal=(None, False),
-        parallel_block=(None, False),
-        use_rms_norm=(None, False),
-        num_experts=(None, 0),
-        moe_every_n_layers=(None, 0),
-        scale_attn_weights=(None, True),
-        scale_attn_by_inverse_layer_idx=(None, False),
-    )
     hidden, heads = _size(config, "n_embd"), _size(config, "n_head")
     head_dim = _head_dim(hidden, heads)
     rotary = Rotary(_number(config, "rotary_emb_base"), head_dim)
@@ -374,7 +358,6 @@ def _modernbert(config: Config) -> Architecture:
 
 
 def _qwen3(config: Config) -> Architecture:
-    _allow(config, use_sliding_window=(None, False))
     layers = _size(config, "num_hidden_layers")
     hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     kv_heads, head_dim = _size(config, "num_key_value_heads"), _size(config, "head_dim")
@@ -417,20 +400,57 @@ def _qwen3(config: Config) -> Architecture:
     )
 
 
-ARCHITECTURES: Mapping[str, Callable[[Config], Architecture]] = {
-    "bert": _bert,
-    "roberta": _roberta,
-    "xlm-roberta": _roberta,
-    "mpnet": _mpnet,
-    "distilbert": _distilbert,
-    "nomic_bert": _nomic_bert,
-    "modernbert": _modernbert,
-    "qwen3": _qwen3,
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One row of the table of architectures."""
+
+    examples: str
+    """Models that people know."""
+    read: Callable[[Config], Architecture]
+    allowed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    """Keys of config.json that would change the result, and the values that are computed."""
+
+
+_ABSOLUTE = {"position_embedding_type": (None, "absolute")}
+_PLAIN_ROTARY = {"partial_rotary_factor": (None, 1)}
+
+ARCHITECTURES: Mapping[str, Family] = {
+    "bert": Family("MiniLM, BGE, E5, GTE, mxbai, Snowflake Arctic v1", _bert, _ABSOLUTE),
+    "roberta": Family("all-distilroberta-v1, all-roberta-large-v1", _roberta, _ABSOLUTE),
+    "xlm-roberta": Family("multilingual-e5, bge-m3 (dense)", _roberta, _ABSOLUTE),
+    "mpnet": Family("all-mpnet-base-v2, multi-qa-mpnet", _mpnet),
+    "distilbert": Family("msmarco-distilbert, multi-qa-distilbert", _distilbert),
+    "nomic_bert": Family(
+        "nomic-embed-text-v1, v1.5",
+        _nomic_bert,
+        {
+            **_PLAIN_ROTARY,
+            "activation_function": ("swiglu",),
+            "causal": (None, False),
+            "mlp_fc1_bias": (False,),
+            "mlp_fc2_bias": (False,),
+            "moe_every_n_layers": (None, 0),
+            "num_experts": (None, 0),
+            "parallel_block": (None, False),
+            "prenorm": (False,),
+            "qkv_proj_bias": (False,),
+            "rotary_emb_fraction": (1,),
+            "rotary_emb_interleaved": (None, False),
+            "rotary_emb_scale_base": (None,),
+            "scale_attn_by_inverse_layer_idx": (None, False),
+            "scale_attn_weights": (None, True),
+            "use_rms_norm": (None, False),
+        },
+    ),
+    "modernbert": Family("gte-modernbert-base, modernbert-embed-base", _modernbert, _PLAIN_ROTARY),
+    "qwen3": Family(
+        "Qwen3-Embedding", _qwen3, {**_PLAIN_ROTARY, "use_sliding_window": (None, False)}
+    ),
 }
-"""``model_type`` -> what reads its config."""
+"""Families by their ``model_type``."""
 
 
-def _allow(config: Config, **allowed: tuple[object, ...]) -> None:
+def _allow(config: Config, allowed: Mapping[str, tuple[object, ...]]) -> None:
     """Refuse each key that is there with a value other than these."""
     for key, values in allowed.items():
         if key in config and config[key] not in values:
@@ -455,7 +475,7 @@ def _sizes(config: Config) -> dict[str, Any]:
     """The sizes that most families give under the same keys."""
     hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     head_dim = _head_dim(hidden, heads)
-    _allow(config, head_dim=(None, head_dim))
+    _allow(config, {"head_dim": (None, head_dim)})
     return {
         "hidden": hidden,
         "heads": heads,
@@ -486,9 +506,9 @@ def _padding_idx(config: Config) -> int:
 
 def _activation(config: Config, key: str, default: str = "gelu") -> Activation:
     name = config.get(key, default)
-    if name not in _ACTIVATIONS:
+    if name not in ACTIVATIONS:
         raise ModelNotSupported(f"config.json: {key} {name!r} is not supported.")
-    return _ACTIVATIONS[name]
+    return ACTIVATIONS[name]
 
 
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
@@ -496,7 +516,6 @@ _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "facto
 
 def _rope_parameters(config: Config) -> object:
     """As transformers 5 writes them, or under the older key, which wins where both are."""
-    _allow(config, partial_rotary_factor=(None, 1))
     return config.get("rope_scaling") or config.get("rope_parameters") or None
 
 

@@ -14,7 +14,7 @@ from embedding_server.backends.pooling import POOLINGS, pool
 from embedding_server.engine.batch import Batch
 from embedding_server.errors import ModelNotSupported
 
-__all__ = ["Head", "Projection", "pooling_modes"]
+__all__ = ["DENSE_ACTIVATIONS", "Head", "Projection", "pooling_modes"]
 
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -28,7 +28,7 @@ _POOLING_FLAGS = {
 
 _POOLING_KEYS = {"word_embedding_dimension", "embedding_dimension", "include_prompt"}
 
-_ACTIVATIONS: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
+DENSE_ACTIVATIONS: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
     "torch.nn.modules.activation.Tanh": np.tanh,
     "torch.nn.modules.linear.Identity": lambda x: x,
 }
@@ -162,11 +162,11 @@ def _load_dense(module: Module) -> _Dense:
         what = ", ".join([*sorted(unknown), *rewired, *(["use_residual"] if residual else [])])
         raise ModelNotSupported(f"{module.folder} has options not computed here: {what}.")
     name = module.config.get("activation_function", "torch.nn.modules.activation.Tanh")
-    if name not in _ACTIVATIONS:
+    if name not in DENSE_ACTIVATIONS:
         raise ModelNotSupported(f"{module.folder} has the activation {name!r}, not computed here.")
     path = module.folder / "model.safetensors"
     if not path.is_file():
         raise ModelNotSupported(f"{module.folder} has no model.safetensors.")
     tensors = {key: np.asarray(value, np.float32) for key, value in load_file(path).items()}
     bias = tensors.get("linear.bias") if module.config.get("bias", True) else None
-    return _Dense(tensors["linear.weight"], bias, _ACTIVATIONS[name])
+    return _Dense(tensors["linear.weight"], bias, DENSE_ACTIVATIONS[name])

@@ -37,15 +37,15 @@ class GraphInputs:
         self._rotaries = tuple(_RotaryTable(rotary) for rotary in rotaries(architecture))
         windows = {attention.window for attention in architecture.attention} - {None}
         self._window = windows.pop() if windows else None
+        self._looped = any(attention.window is None for attention in architecture.attention)
 
     def of(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """Every input by its name; see ``build_graph``."""
         lengths, starts = batch.lengths, batch.cu_seqlens[:-1]
         offsets = np.arange(batch.tokens) - np.repeat(starts, lengths)
-        inputs: dict[str, NDArray[Any]] = {
-            "input_ids": batch.input_ids,
-            "runs": _runs(batch.cu_seqlens, lengths),
-        }
+        inputs: dict[str, NDArray[Any]] = {"input_ids": batch.input_ids}
+        if self._looped:
+            inputs["runs"] = _runs(batch.cu_seqlens, lengths)
         if self._positions is not None:
             inputs["position_ids"] = _position_ids(self._positions, batch, offsets)
         if self._rotaries:

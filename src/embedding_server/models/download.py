@@ -113,11 +113,6 @@ def _fetch(
     for name in (*small, *large):
         if not (snapshot / name).is_file():
             raise DownloadFailed(f"the download from the hub left out {name}", "try again")
-    if "modules.json" not in files:
-        # huggingface_hub's own mark, for its versions that don't cache the listing.
-        absent = storage / ".no_exist" / commit / "modules.json"
-        absent.parent.mkdir(parents=True, exist_ok=True)
-        absent.touch()
     _log.log(level, "downloaded %s in %.1f s", spec.name, time.monotonic() - started)
     return snapshot
 
@@ -141,22 +136,17 @@ def _fetch_large(
         if blob.exists():
             return
         with part.open("a+b") as file:
-            while (have := file.tell()) < size:
+            if (have := file.tell()) < size:
                 if shutil.disk_usage(storage).free < size - have:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(storage))
-                try:
-                    http_get(
-                        url,
-                        file,
-                        resume_size=have,
-                        headers=headers,
-                        expected_size=size,
-                        displayed_filename=name,
-                    )
-                except Exception:
-                    # Not every cut is one that http_get itself goes on from.
-                    if file.tell() <= have:
-                        raise
+                http_get(
+                    url,
+                    file,
+                    resume_size=have,
+                    headers=headers,
+                    expected_size=size,
+                    displayed_filename=name,
+                )
             file.seek(0)
             whole = hashlib.file_digest(file, "sha256").hexdigest() == sha256
         if not whole:

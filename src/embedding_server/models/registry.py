@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from embedding_server.engine.engine import Engine
 from embedding_server.errors import ModelError, ModelNotFound, ModelUnavailable, NotReady
@@ -19,6 +22,8 @@ from embedding_server.telemetry import Telemetry
 __all__ = ["Registry"]
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class Registry:
@@ -50,7 +55,7 @@ class Registry:
         """
         for spec in self._specs:
             try:
-                engine = await asyncio.to_thread(self._load_one, spec)
+                engine = await _in_own_thread(partial(self._load_one, spec))
             except ModelError as error:
                 if spec.requested:
                     raise
@@ -119,3 +124,18 @@ class Registry:
     def _check_loaded(self) -> None:
         if not self._loaded:
             raise NotReady("The server is starting: its models are being loaded.")
+
+
+async def _in_own_thread(work: Callable[[], Result]) -> Result:
+    """``work()`` in a thread that nothing waits for: Ctrl-C must not take as long as a download."""
+    future: Future[Result] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="loading a model", daemon=True).start()
+    return await asyncio.wrap_future(future)

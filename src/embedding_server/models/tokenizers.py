@@ -3,7 +3,7 @@
 transformers 5 takes tokenizer.json as it stands for a few classes only. The others it builds anew:
 vocabulary and merges come from tokenizer.json, the added tokens from the files too, and the rest
 from the class's code and its settings in tokenizer_config.json. So two repositories with the same
-tokenizer.json may give different ids. ``_CLASSES`` has one row a class.
+tokenizer.json may give different ids. ``TOKENIZER_CLASSES`` has one row a class.
 
 Read from transformers 5.23: which class in ``AutoTokenizer.from_pretrained``, what of the files in
 ``TokenizersBackend``, the rows in the ``__init__`` of models/*/tokenization_*.py.
@@ -30,7 +30,7 @@ from embedding_server.models.tokenizer_files import (
     read_tokenizer_files,
 )
 
-__all__ = ["UNLIMITED", "load_static_tokenizer", "load_tokenizer"]
+__all__ = ["TOKENIZER_CLASSES", "UNLIMITED", "load_static_tokenizer", "load_tokenizer"]
 
 UNLIMITED = 2**31 - 1
 """The limit in tokens of a model that has none."""
@@ -51,7 +51,7 @@ def load_tokenizer(
     """
     files = read_tokenizer_files(folder)
     name = _class_name(files, config)
-    row = _CLASSES[name]
+    row = TOKENIZER_CLASSES[name]
     special = {**row.special, **files.special_tokens()}
     if row.build is None:
         made = files.backend
@@ -233,7 +233,7 @@ _BERT = _Class(
 )
 _AS_IT_IS = _Class(special={})
 
-_CLASSES: Mapping[str, _Class] = {
+TOKENIZER_CLASSES: Mapping[str, _Class] = {
     "BertTokenizer": _BERT,
     "DistilBertTokenizer": _BERT,
     "MPNetTokenizer": _Class(
@@ -298,10 +298,10 @@ def _class_name(files: TokenizerFiles, config: Mapping[str, Any]) -> str:
     if not named or model_type in _CLASS_IS_FIXED:
         return usual
     name = str(named).removesuffix("Fast")
-    if name not in _CLASSES:
+    if name not in TOKENIZER_CLASSES:
         raise ModelNotSupported(
             f"{files.settings_path}: tokenizer_class {named!r} is not known here; "
-            f"{', '.join(_CLASSES)} are."
+            f"{', '.join(TOKENIZER_CLASSES)} are."
         )
     return name
 

@@ -136,6 +136,8 @@ MODERNBERT_VARIANTS: dict[str, dict[str, Any]] = {
     "biases": {"norm_bias": True, "attention_bias": True, "mlp_bias": True},
     "wide-window": {"local_attention": 64},
     "narrow-window": {"local_attention": 2},
+    "window-of-itself": {"local_attention": 1},
+    "all-local": {"config": {"layer_types": ["sliding_attention"] * 4}},
 }
 
 

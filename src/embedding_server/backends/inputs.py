@@ -143,10 +143,8 @@ def _window(batch: Batch, window: int) -> dict[str, NDArray[Any]]:
     added to the scores, and ``rows`` int64 [T] finds each token among the blocks' queries.
     """
     lengths, longest = batch.lengths, batch.max_seqlen
-    if longest <= window + 1:  # all see all
-        size, reach = longest, 0
-    else:
-        size, reach = min(_BLOCK, longest), window
+    all_see_all = longest <= window + 1
+    size, reach = (longest, 0) if all_see_all else (min(_BLOCK, longest), window)
     blocks = -(-lengths // size)
     sequence = np.repeat(np.arange(len(batch)), blocks)
     first_block = np.repeat(np.cumsum(blocks) - blocks, blocks)
@@ -155,7 +153,7 @@ def _window(batch: Batch, window: int) -> dict[str, NDArray[Any]]:
     queries = start[:, None] + np.arange(size)
     keys = start[:, None] + np.arange(-reach, size + reach)
     distance = np.abs(np.arange(size)[:, None] + reach - np.arange(size + 2 * reach))
-    band = np.where((distance <= window) | (reach == 0), np.float32(0), _OUT_OF_SIGHT)
+    band = np.where((distance <= window) | all_see_all, np.float32(0), _OUT_OF_SIGHT)
     return {
         # Beyond a sequence's end its last token stands in: finite, and masked or not used.
         "queries": row + np.minimum(queries, last),

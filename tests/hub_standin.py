@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 __all__ = ["MAIN_COMMIT", "HubStandIn", "Request", "answers_nothing", "takes_no_connection"]
 
 MAIN_COMMIT = "1234567890abcdef1234567890abcdef12345678"
-LARGE_FILES = (".safetensors", ".onnx", ".bin")
+LARGE_FILES = (".safetensors", ".onnx", ".onnx_data", ".bin")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ class Request:
 
 @dataclass
 class HubStandIn:
-    """Repositories by name, each a folder; the public fields may change while it runs."""
+    """Repositories by name, each a folder of files that stay as they are.
+
+    The public fields may change while it runs.
+    """
 
     repos: dict[str, Path]
     commits: dict[str, str] = field(default_factory=lambda: {"main": MAIN_COMMIT})
@@ -65,8 +68,10 @@ class HubStandIn:
             ThreadingHTTPServer(("127.0.0.1", 0), partial(_Answer, self, host))
             for host in ("hub", "storage")
         ]
+        # By another name, as some versions of the client tell hosts apart by that alone.
         self.url, self.storage_url = (
-            f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers
+            f"http://{name}:{server.server_address[1]}"
+            for name, server in zip(("127.0.0.1", "localhost"), self._servers, strict=True)
         )
         self._threads = [
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -90,8 +95,8 @@ class HubStandIn:
 
 class _Answer(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    # A client that has given up keeps its connection for a while: don't wait for it at the end.
-    timeout = 2
+    # Headers and body are two packets: by default the second waits 0.04 s for the first's receipt.
+    disable_nagle_algorithm = True
 
     def __init__(self, hub: HubStandIn, host: str, *args: Any) -> None:
         self.hub = hub
@@ -232,14 +237,15 @@ class _Answer(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-def _digests(folder: Path, name: str) -> tuple[int, str, str]:
-    content = (folder / name).read_bytes()
+@cache
+def _digests(file: Path) -> tuple[int, str, str]:
+    content = file.read_bytes()
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     return len(content), blob, hashlib.sha256(content).hexdigest()
 
 
 def _blob_entry(folder: Path, name: str) -> dict[str, Any]:
-    size, blob, sha256 = _digests(folder, name)
+    size, blob, sha256 = _digests(folder / name)
     entry: dict[str, Any] = {"size": size, "blobId": blob}
     if name.endswith(LARGE_FILES):
         entry["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 130}
@@ -247,7 +253,7 @@ def _blob_entry(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _tree_entry(folder: Path, name: str) -> dict[str, Any]:
-    size, blob, sha256 = _digests(folder, name)
+    size, blob, sha256 = _digests(folder / name)
     entry: dict[str, Any] = {"path": name, "size": size, "oid": blob}
     if name.endswith(LARGE_FILES):
         entry["lfs"] = {"oid": sha256, "size": size, "pointerSize": 130}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -96,11 +97,12 @@ def _specs(settings: Settings) -> list[ModelSpec]:
     specs = [parse_spec(text, revision=settings.revision) for text in settings.model]
     if settings.served_model_name:
         names = zip(specs, settings.served_model_name, strict=True)
-        specs = [replace(spec, name=name) for spec, name in names]
-    twice = {spec.name for spec in specs if [s.name for s in specs].count(spec.name) > 1}
+        specs = [replace(spec, alias=name) for spec, name in names]
+    served = Counter(spec.served_name for spec in specs)
+    twice = [name for name, count in served.items() if count > 1]
     if twice:
         raise ConfigurationError(
-            f"More than one --model would be served as {', '.join(sorted(twice))}: give each a "
+            f"More than one --model would be served as {', '.join(twice)}: give each a "
             "name of its own with --served-model-name."
         )
     return specs

@@ -9,9 +9,9 @@ from fastapi.openapi.utils import get_openapi
 
 from embedding_server.api.schemas import EmbeddingsRequest, ErrorResponse, OpenAIEmbeddingsRequest
 
-__all__ = ["errors", "json_body", "use_own_openapi"]
+__all__ = ["ERROR_REASONS", "errors", "json_body", "use_own_openapi"]
 
-_REASONS = {
+ERROR_REASONS = {
     400: "The request can't be served as it is: the message says which field and why.",
     401: "An API key is set, and the request has none or a wrong one.",
     404: "No such model is served; the message lists the served ones.",
@@ -62,7 +62,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {
         status: {
             "model": ErrorResponse,
-            "description": _REASONS[status],
+            "description": ERROR_REASONS[status],
             "headers": dict(_HEADERS.get(status, {})),
         }
         for status in statuses

@@ -15,14 +15,14 @@ __all__ = ["router"]
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/health/live", response_model_exclude_none=True)
+@router.get("/health/live", summary="Is it alive?", response_model_exclude_none=True)
 async def live() -> ServerStatus:
     """Whether the process answers at all; never waits on inference."""
     return ServerStatus(status="live")
 
 
-@router.get("/health/ready", responses=errors(503))
-@router.get("/health", responses=errors(503), operation_id="health")
+@router.get("/health/ready", summary="Is it ready?", responses=errors(503))
+@router.get("/health", summary="Is it ready?", responses=errors(503), operation_id="health")
 async def ready(request: Request) -> ServerStatus:
     """Whether every model can be used now."""
     registry: Registry = request.app.state.registry
@@ -35,6 +35,7 @@ async def ready(request: Request) -> ServerStatus:
 
 @router.get(
     "/metrics",
+    summary="Metrics for Prometheus",
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **errors(401)},
 )

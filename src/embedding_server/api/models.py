@@ -14,14 +14,14 @@ __all__ = ["router"]
 router = APIRouter(tags=["models"])
 
 
-@router.get("/v1/models", responses=errors(401, 503))
+@router.get("/v1/models", summary="List the served models", responses=errors(401, 503))
 async def models(request: Request) -> ModelNames:
     """The names of the served models."""
     registry: Registry = request.app.state.registry
     return ModelNames(data=[engine.info.name for engine in registry], object="list")
 
 
-@router.get("/v1/models/{name:path}", responses=errors(401, 404, 503))
+@router.get("/v1/models/{name:path}", summary="Show one model", responses=errors(401, 404, 503))
 async def model(request: Request, name: str) -> ModelDetails:
     """What one served model is."""
     info = request.app.state.registry[name].info
@@ -38,14 +38,22 @@ async def model(request: Request, name: str) -> ModelDetails:
     )
 
 
-@router.get("/openai/v1/models", responses=errors(401, 503))
+@router.get(
+    "/openai/v1/models",
+    summary="List the served models, in OpenAI's shape",
+    responses=errors(401, 503),
+)
 async def openai_models(request: Request) -> OpenAIModels:
     """The served models, as OpenAI lists its own."""
     registry: Registry = request.app.state.registry
     return OpenAIModels(data=[_openai(engine.info) for engine in registry], object="list")
 
 
-@router.get("/openai/v1/models/{name:path}", responses=errors(401, 404, 503))
+@router.get(
+    "/openai/v1/models/{name:path}",
+    summary="Show one model, in OpenAI's shape",
+    responses=errors(401, 404, 503),
+)
 async def openai_model(request: Request, name: str) -> OpenAIModel:
     """One served model, as OpenAI shows its own."""
     return _openai(request.app.state.registry[name].info)

@@ -62,12 +62,12 @@ def load_engine(
     row = _catalog_row(spec, located)
     weights = layout.pipeline.transformer / "model.safetensors"
     info = ModelInfo(
-        name=spec.name,
+        name=spec.served_name,
         architecture=str(layout.pipeline.config.get("model_type", layout.pipeline.body)),
         dims=backend.dims,
         max_tokens=tokenizer.max_tokens,
         pooling=_pooling(layout.pipeline),
-        dimensions=_dimensions(spec.name, backend.dims, options, row),
+        dimensions=_dimensions(spec.served_name, backend.dims, options, row),
         prompts={**(row.prompts if row else {}), **layout.prompts},
         default_prompt=layout.default_prompt,
         layer_norm=row is not None and row.layer_norm,

@@ -59,10 +59,10 @@ class Registry:
             except ModelError as error:
                 if spec.requested:
                     raise
-                logger.warning("%s is not served. %s", spec.name, error)
+                logger.warning("%s is not served. %s", spec.served_name, error)
                 continue
             engine.start()
-            self._engines[spec.name] = engine
+            self._engines[spec.served_name] = engine
         if not self._engines:
             raise ModelUnavailable("No model can be served; the warnings above say why.")
         self._loaded = True
@@ -81,7 +81,7 @@ class Registry:
         )
         logger.info(
             "%s is ready: %s, %d dimensions, %d tokens, from %s (%s) in %.2f s",
-            *(spec.name, engine.info.backend, engine.info.dims, engine.info.max_tokens),
+            *(spec.served_name, engine.info.backend, engine.info.dims, engine.info.max_tokens),
             *(located.folder, located.origin, time.perf_counter() - started),
         )
         return engine
@@ -102,7 +102,8 @@ class Registry:
             name: "ready" if engine.ready else "failed" for name, engine in self._engines.items()
         }
         if not self._loaded:
-            states |= {spec.name: "loading" for spec in self._specs if spec.name not in states}
+            names = [spec.served_name for spec in self._specs]
+            states |= {name: "loading" for name in names if name not in states}
         return states
 
     def __getitem__(self, name: str) -> Engine:

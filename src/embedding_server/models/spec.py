@@ -21,7 +21,7 @@ class ModelSpec:
     """A model as asked for: where it may come from, and what it must then be."""
 
     name: str
-    """What it is served as."""
+    """Its name in the catalog, on the hub or in the file system."""
     repo: str | None = None
     revision: str | None = None
     folder: Path | None = None
@@ -32,6 +32,12 @@ class ModelSpec:
     """``package/folder`` of an installed Python package that carries the model."""
     requested: bool = True
     """Asked for by name, rather than one of the defaults."""
+    alias: str | None = None
+    """What it is served as, if not by its name."""
+
+    @property
+    def served_name(self) -> str:
+        return self.alias or self.name
 
     @property
     def hub_id(self) -> str:

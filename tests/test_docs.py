@@ -1,0 +1,75 @@
+"""The generated pages are what the code says: undocumented means failing."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from embedding_server.settings import rows
+from embedding_server.telemetry import METRICS, Telemetry
+
+ROOT = Path(__file__).parent.parent
+PAGES = [f"docs/{name}.md" for name in ("settings", "cli", "metrics", "models", "api")]
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    """scripts/docs as a module."""
+    loader = SourceFileLoader("generate_docs", str(ROOT / "scripts" / "docs"))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = before
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_are_up_to_date(generator: ModuleType, page: str) -> None:
+    assert set(generator.pages()) == set(PAGES)
+    written = (ROOT / page).read_text(encoding="utf-8")
+    assert written == generator.pages()[page], f"{page} is old: run scripts/docs"
+
+
+@pytest.mark.parametrize("columns", ["20", "80", "400"])
+def test_pages_do_not_depend_on_the_terminal(
+    generator: ModuleType, columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert generator.pages()["docs/cli.md"] == (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("row", list(rows()), ids=lambda row: row.name)
+def test_every_setting_is_in_help_and_pages(row: object) -> None:
+    settings = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
+    commands = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    for name in (row.flag, row.env, row.name):  # type: ignore[attr-defined]
+        assert f"`{name}`" in settings
+    assert f"`{row.flag} " in commands  # type: ignore[attr-defined]
+
+
+def test_every_metric_that_is_exposed_is_in_the_table() -> None:
+    telemetry = Telemetry()
+    body, _ = telemetry.exposition()
+    exposed = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for family in text_string_to_metric_families(body.decode())
+    }
+    assert exposed == {metric.exposed_name for metric in METRICS}
+
+
+def test_the_script_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "docs", "--check"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,787 @@
+"""The engine with fakes around it: batching, failure, admission and the end, step by step."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from embedding_server.engine.batch import Batch, Encoding, Entry
+from embedding_server.engine.engine import Embeddings, EmbedParams, Engine, Limits
+from embedding_server.engine.info import ModelInfo
+from embedding_server.engine.postprocess import normalize
+from embedding_server.engine.scheduler import Scheduler
+from embedding_server.errors import (
+    ContextLengthExceeded,
+    InferenceFailed,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+)
+from embedding_server.telemetry import Telemetry
+
+MODEL = "fake"
+RAISES, NAN, INFINITE = 901, 902, 903
+"""Tokens that make the fake backend fail."""
+UNSCALED = EmbedParams(normalize=False)
+
+
+class FakeTokenizer:
+    """One token a word, and the word is its number: ``"7 8"`` is ``[7, 8]``; at most 50."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+        self.threads: list[threading.Thread] = []
+        self.busy = threading.Event()
+        self.hold = threading.Event()
+        self.hold.set()
+
+    def encode(
+        self, inputs: Sequence[str], *, prompt: str = "", truncate: bool = True
+    ) -> list[Encoding]:
+        self.prompts.append(prompt)
+        self.threads.append(threading.current_thread())
+        if len(inputs[0]) > 1000:
+            self.busy.set()
+            assert self.hold.wait(20)
+        encodings = []
+        for index, text in enumerate(inputs):
+            ids = [int(word) for word in text.split()]
+            if len(ids) > 50 and not truncate:
+                raise ContextLengthExceeded("is too long", param="input", index=index)
+            encodings.append(Encoding(ids[:50], len(ids)))
+        return encodings
+
+
+class FakeBackend:
+    """A sequence's vector is its length, its sum, its first and its last token."""
+
+    dims = 4
+
+    def __init__(self, *, padded: bool = False) -> None:
+        self.padded = padded
+        self.batches: list[list[list[int]]] = []
+        self.seconds = 0.0
+        self.extra_rows = 0
+
+    def embed(self, batch: Batch) -> NDArray[np.float32]:
+        sequences = [part.tolist() for part in np.split(batch.input_ids, batch.cu_seqlens[1:-1])]
+        self.batches.append(sequences)
+        time.sleep(self.seconds)
+        if any(RAISES in sequence for sequence in sequences):
+            raise RuntimeError("secret detail of the backend")
+        vectors = np.array([vector_of(s) for s in sequences], dtype=np.float32)
+        for row, sequence in enumerate(sequences):
+            if NAN in sequence:
+                vectors[row, 1] = np.nan
+            if INFINITE in sequence:
+                vectors[row, 3] = np.inf
+        return np.concatenate([vectors, np.zeros((self.extra_rows, self.dims), np.float32)])
+
+
+class FakeExecutor(Executor):
+    """Runs each batch at once, or, while ``held``, one for each call of ``step``."""
+
+    def __init__(self) -> None:
+        self.held = False
+        self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._waiting.append((future, lambda: fn(*args, **kwargs)))
+        if not self.held:
+            self.step()
+        return future
+
+    def step(self) -> None:
+        future, work = self._waiting.popleft()
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+
+class MortalScheduler(Scheduler):
+    """Dies when told to, and takes the batch loop with it."""
+
+    dying = False
+
+    def next_batch(self) -> list[Entry]:
+        if self.dying:
+            raise ZeroDivisionError("the loop dies")
+        return super().next_batch()
+
+
+@dataclass
+class Bench:
+    """An engine and the fakes around it."""
+
+    max_batch_tokens: int = 100
+    max_concurrent_requests: int = 1000
+    max_queued_tokens: int = 100_000
+    max_request_tokens: int = 100_000
+    padded: bool = False
+    info: ModelInfo = field(default_factory=lambda: model_info())
+
+    def __post_init__(self) -> None:
+        self.telemetry = Telemetry()
+        self.tokenizer = FakeTokenizer()
+        self.backend = FakeBackend(padded=self.padded)
+        self.executor = FakeExecutor()
+        self.scheduler = MortalScheduler(max_batch_tokens=self.max_batch_tokens, padded=self.padded)
+        self.engine = Engine(
+            self.info,
+            self.tokenizer,  # type: ignore[arg-type]
+            self.backend,
+            scheduler=self.scheduler,
+            limits=Limits(
+                self.max_concurrent_requests, self.max_queued_tokens, self.max_request_tokens
+            ),
+            executor=self.executor,
+            metrics=self.telemetry.for_model(MODEL),
+        )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        self.engine.start()
+        try:
+            yield
+        finally:
+            await self.engine.close()
+
+    def send(self, *texts: str, params: EmbedParams = UNSCALED) -> asyncio.Task[Embeddings]:
+        return asyncio.create_task(self.engine.embed(texts, params))
+
+    def metric(self, name: str, **labels: str) -> float:
+        value = self.telemetry.registry.get_sample_value(
+            f"embedding_server_{name}", {"model": MODEL, **labels}
+        )
+        assert value is not None, name
+        return value
+
+
+def model_info(**fields: Any) -> ModelInfo:
+    return ModelInfo(
+        name=MODEL, architecture="fake", dims=4, max_tokens=50, pooling="mean", **fields
+    )
+
+
+def vector_of(sequence: Sequence[int]) -> list[int]:
+    return [len(sequence), sum(sequence), sequence[0], sequence[-1]]
+
+
+def expected(*texts: str) -> list[list[int]]:
+    return [vector_of([int(word) for word in text.split()]) for text in texts]
+
+
+async def settle() -> None:
+    """Let all that can run now run."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(scenario)
+
+
+def run_on(bench: Bench, scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """``scenario`` with the bench's engine running."""
+
+    async def whole() -> None:
+        async with bench.running():
+            await scenario()
+
+    asyncio.run(whole())
+
+
+# -------------------------------------------------------------------------------------- batching
+
+
+def test_vectors_come_in_the_order_of_the_inputs() -> None:
+    bench = Bench(max_batch_tokens=6)
+    texts = ["1", "2 3 4 5", "6 7", "8 9 10 11 12", "13"]
+
+    async def scenario() -> None:
+        answer = await bench.send(*texts)
+        assert answer.vectors.tolist() == expected(*texts)
+        assert (answer.dimensions, answer.tokens, answer.truncated) == (4, 13, 0)
+        assert len(bench.backend.batches) > 1
+
+    run_on(bench, scenario)
+
+
+def test_requests_that_wait_share_the_next_batch() -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        first = bench.send("1")
+        await settle()
+        others = [bench.send(f"{number} {number}") for number in (2, 3, 4)]
+        await settle()
+        bench.executor.step()
+        await settle()
+        bench.executor.step()
+        answers = await asyncio.gather(first, *others)
+        assert bench.backend.batches == [[[1]], [[2, 2], [3, 3], [4, 4]]]
+        assert [answer.vectors.tolist() for answer in answers[1:]] == [
+            expected(text) for text in ("2 2", "3 3", "4 4")
+        ]
+
+    run_on(bench, scenario)
+
+
+def test_an_idle_engine_starts_at_once() -> None:
+    """No timer: the first request is in the executor before anything else can happen."""
+    bench = Bench()
+
+    async def scenario() -> None:
+        for number in range(3):
+            await bench.send(f"{number}")
+        assert bench.backend.batches == [[[0]], [[1]], [[2]]]
+
+    run_on(bench, scenario)
+
+
+def test_many_requests_get_their_own_vectors() -> None:
+    bench = Bench(max_batch_tokens=37)
+    random = np.random.default_rng(5)
+
+    async def scenario() -> None:
+        requests = [
+            [
+                " ".join(map(str, random.integers(0, 900, random.integers(1, 30))))
+                for _ in range(random.integers(1, 12))
+            ]
+            for _ in range(60)
+        ]
+        answers = await asyncio.gather(*(bench.send(*texts) for texts in requests))
+        for texts, answer in zip(requests, answers, strict=True):
+            assert answer.vectors.tolist() == expected(*texts)
+        assert bench.scheduler.tokens == 0
+
+    run_on(bench, scenario)
+
+
+def test_a_query_passes_a_large_job() -> None:
+    bench = Bench(max_batch_tokens=100)
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        job = bench.send(*["5 " * 40] * 500)
+        await settle()
+        query = bench.send("1 2")
+        await settle()
+        bench.executor.step()
+        await settle()
+        bench.executor.step()
+        await settle()
+        assert query.done()
+        assert not job.done()
+        job.cancel()
+
+    run_on(bench, scenario)
+
+
+# --------------------------------------------------------------------------------------- failure
+
+
+def test_a_batch_that_raises_fails_its_own_requests_only(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(max_batch_tokens=4)
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        before = bench.send("1 1")
+        await settle()
+        broken = bench.send(f"{RAISES} 2")
+        neighbour = bench.send("3 3")
+        after = bench.send("4 4")
+        for _ in range(3):
+            await settle()
+            bench.executor.step()
+        for task in (broken, neighbour):
+            with pytest.raises(InferenceFailed) as caught:
+                await task
+            assert "secret" not in str(caught.value)
+        assert (await before).vectors.tolist() == expected("1 1")
+        assert (await after).vectors.tolist() == expected("4 4")
+        assert bench.engine.ready
+        assert bench.metric("failed_batches_total") == 1
+
+    run_on(bench, scenario)
+    (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
+    assert "secret detail" in str(record.exc_info)
+
+
+def test_what_a_failed_request_still_has_in_the_queue_is_dropped() -> None:
+    bench = Bench(max_batch_tokens=2)
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        task = bench.send(f"{RAISES} 1", "2 2", "3 3", "4 4")
+        await settle()
+        bench.executor.step()
+        with pytest.raises(InferenceFailed):
+            await task
+        assert bench.scheduler.tokens == 0
+        assert bench.metric("queue_tokens") == 0
+        bench.executor.held = False
+        await bench.send("5")
+        assert bench.backend.batches == [[[RAISES, 1]], [[5]]]
+
+    run_on(bench, scenario)
+
+
+@pytest.mark.parametrize("token", [NAN, INFINITE], ids=["nan", "infinite"])
+def test_values_that_are_not_finite_fail_their_request_only(token: int) -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        first = bench.send("1")
+        await settle()
+        broken = bench.send("2 2", f"{token} 2")
+        neighbour = bench.send("3 3")
+        for _ in range(2):
+            await settle()
+            bench.executor.step()
+        with pytest.raises(InferenceFailed, match="not finite"):
+            await broken
+        assert (await first).vectors.tolist() == expected("1")
+        assert (await neighbour).vectors.tolist() == expected("3 3")
+        assert len(bench.backend.batches) == 2
+        assert bench.metric("failed_batches_total") == 1
+
+    run_on(bench, scenario)
+
+
+def test_an_answer_of_the_wrong_shape_fails_its_batch() -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        bench.backend.extra_rows = 1
+        with pytest.raises(InferenceFailed, match="wrong shape"):
+            await bench.send("1", "2")
+        bench.backend.extra_rows = 0
+        assert (await bench.send("3")).vectors.tolist() == expected("3")
+        assert bench.metric("failed_batches_total") == 1
+
+    run_on(bench, scenario)
+
+
+def test_a_dead_loop_fails_what_waits_and_is_not_ready(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(max_batch_tokens=2)
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        computing, waiting = bench.send("1 1", "2 2"), bench.send("3 3")
+        await settle()
+        bench.scheduler.dying = True
+        bench.executor.step()
+        for task in (computing, waiting):
+            with pytest.raises(NotReady, match="has stopped"):
+                await task
+        assert not bench.engine.ready
+        with pytest.raises(NotReady, match="not running"):
+            await bench.send("4")
+
+    run_on(bench, scenario)
+    (record,) = (record for record in caplog.records if record.levelno == logging.CRITICAL)
+    assert "ZeroDivisionError" in str(record.exc_info)
+
+
+# ----------------------------------------------------------------------------------- start, close
+
+
+def test_not_ready_before_the_start() -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        assert not bench.engine.ready
+        with pytest.raises(NotReady):
+            await bench.send("1")
+        await bench.engine.close()
+
+    run(scenario())
+
+
+def test_close_fails_what_waits_and_what_is_computed() -> None:
+    bench = Bench(max_batch_tokens=2)
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        bench.engine.start()
+        tasks = [bench.send("1 1"), bench.send("2 2")]
+        await settle()
+        await bench.engine.close()
+        for task in tasks:
+            with pytest.raises(NotReady, match="has stopped"):
+                await task
+        assert not bench.engine.ready
+        with pytest.raises(NotReady):
+            await bench.send("3")
+        await bench.engine.close()
+
+    run(scenario())
+
+
+def test_close_fails_what_is_being_tokenised() -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        bench.tokenizer.hold.clear()
+        bench.engine.start()
+        task = bench.send("7 " * 3000)
+        await asyncio.to_thread(bench.tokenizer.busy.wait, 20)
+        await bench.engine.close()
+        bench.tokenizer.hold.set()
+        with pytest.raises(NotReady, match="shutting down"):
+            await task
+
+    run(scenario())
+
+
+def test_a_quiet_close_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        await bench.send("1")
+
+    run_on(bench, scenario)
+    assert not caplog.records
+
+
+# ----------------------------------------------------------------------------------- cancellation
+
+
+def test_a_cancelled_request_leaves_the_queue() -> None:
+    bench = Bench(max_batch_tokens=2)
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        first = bench.send("1 1")
+        await settle()
+        unwanted, wanted = bench.send("2 2", "3 3"), bench.send("4 4")
+        await settle()
+        assert bench.metric("queue_tokens") == 6
+        assert bench.metric("queue_requests") == 3
+        unwanted.cancel()
+        await settle()
+        assert bench.metric("queue_tokens") == bench.scheduler.tokens == 2
+        assert bench.metric("queue_requests") == 2
+        for _ in range(2):
+            bench.executor.step()
+            await settle()
+        await asyncio.gather(first, wanted)
+        assert bench.backend.batches == [[[1, 1]], [[4, 4]]]
+
+    run_on(bench, scenario)
+
+
+def test_cancelling_during_its_batch_leaves_the_others_alone() -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        blocker = bench.send("9")
+        await settle()
+        unwanted, wanted = bench.send(f"1 {NAN}"), bench.send("2 2")
+        await settle()
+        bench.executor.step()
+        await settle()
+        unwanted.cancel()
+        await settle()
+        bench.executor.step()
+        assert (await wanted).vectors.tolist() == expected("2 2")
+        await blocker
+        assert bench.engine.ready
+
+    run_on(bench, scenario)
+
+
+# -------------------------------------------------------------------------------------- admission
+
+
+def test_max_concurrent_requests() -> None:
+    bench = Bench(max_concurrent_requests=2)
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        tasks = [bench.send("1"), bench.send("2")]
+        await settle()
+        with pytest.raises(Overloaded, match="2 requests") as caught:
+            await bench.send("3")
+        assert caught.value.retry_after >= 1
+        bench.executor.held = False
+        bench.executor.step()
+        await asyncio.gather(*tasks)
+        assert (await bench.send("3")).vectors.tolist() == expected("3")
+
+    run_on(bench, scenario)
+
+
+@pytest.mark.parametrize(
+    ("text", "params", "error"),
+    [
+        pytest.param("5 " * 60, EmbedParams(truncate=False), ContextLengthExceeded, id="too-long"),
+        pytest.param(f"{RAISES}", UNSCALED, InferenceFailed, id="failed"),
+        pytest.param("1", EmbedParams(dimensions=2), InvalidRequest, id="invalid"),
+    ],
+)
+def test_a_request_that_fails_frees_its_place(
+    text: str, params: EmbedParams, error: type[Exception]
+) -> None:
+    bench = Bench(max_concurrent_requests=1)
+
+    async def scenario() -> None:
+        for _ in range(3):
+            with pytest.raises(error):
+                await bench.send(text, params=params)
+        assert (await bench.send("1")).vectors.tolist() == expected("1")
+        assert bench.metric("queue_requests") == 0
+
+    run_on(bench, scenario)
+
+
+def test_max_queued_tokens_takes_a_whole_request_or_nothing() -> None:
+    bench = Bench(max_batch_tokens=2, max_queued_tokens=10)
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        tasks = [bench.send("1 1")]
+        await settle()
+        tasks.append(bench.send("2 2 2", "2 2 2"))
+        await settle()
+        with pytest.raises(Overloaded, match="6 tokens are waiting"):
+            await bench.send("3", "3", "3", "3", "3")
+        assert bench.scheduler.tokens == 6
+        tasks.append(bench.send("4", "4", "4", "4"))
+        await settle()
+        assert bench.scheduler.tokens == 10
+        bench.executor.held = False
+        bench.executor.step()
+        await asyncio.gather(*tasks)
+        assert [3] not in [sequence for batch in bench.backend.batches for sequence in batch]
+
+    run_on(bench, scenario)
+
+
+def test_a_request_larger_than_the_queue_is_taken_when_it_is_empty() -> None:
+    bench = Bench(max_queued_tokens=10)
+
+    async def scenario() -> None:
+        texts = ["7 7 7"] * 8
+        assert (await bench.send(*texts)).vectors.tolist() == expected(*texts)
+
+    run_on(bench, scenario)
+
+
+def test_max_request_tokens() -> None:
+    bench = Bench(max_request_tokens=10)
+
+    async def scenario() -> None:
+        await bench.send("1 " * 5, "2 " * 5)
+        with pytest.raises(InvalidRequest, match="11 tokens in 2 inputs; at most 10") as caught:
+            await bench.send("1 " * 5, "2 " * 6)
+        assert (caught.value.param, caught.value.code) == ("input", "request_too_large")
+
+    run_on(bench, scenario)
+
+
+def test_retry_after_is_what_waits_over_measured_throughput() -> None:
+    bench = Bench(max_batch_tokens=10, max_queued_tokens=500)
+
+    async def scenario() -> None:
+        bench.backend.seconds = 0.02
+        await bench.send("1 " * 10)
+        bench.executor.held = True
+        tasks = [bench.send("1")]
+        await settle()
+        waits = []
+        for _ in range(2):
+            tasks.append(bench.send(*["2 " * 50] * 5))
+            await settle()
+            with pytest.raises(Overloaded) as caught:
+                await bench.send(*["3 " * 50] * 6)
+            waits.append(caught.value.retry_after)
+            bench.backend.seconds = 0
+        # 10 tokens took 0.02 s or, on a busy machine, more.
+        assert waits[0] >= 250 * 0.02 / 10 - 1e-9
+        assert waits[1] >= 1
+        assert waits[1] == pytest.approx(max(1, 500 * waits[0] / 250), rel=0.5)
+        for task in tasks:
+            task.cancel()
+
+    run_on(bench, scenario)
+
+
+# ---------------------------------------------------------------------------------- event loop
+
+
+def test_long_texts_are_tokenised_off_the_loop() -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        bench.tokenizer.hold.clear()
+        long = bench.send("7 " * 3000)
+        await asyncio.to_thread(bench.tokenizer.busy.wait, 20)
+        # The long text's tokeniser stands still, and the loop goes on.
+        assert (await bench.send("1 2")).vectors.tolist() == expected("1 2")
+        assert not long.done()
+        bench.tokenizer.hold.set()
+        assert (await long).encodings[0].total_tokens == 3000
+        off_loop, on_loop = bench.tokenizer.threads
+        assert off_loop is not threading.main_thread()
+        assert on_loop is threading.main_thread()
+
+    run_on(bench, scenario)
+
+
+@pytest.mark.parametrize("inputs", [1, 8000, 9000], ids=str)
+def test_small_and_large_answers_are_finished_alike(inputs: int) -> None:
+    """Beside the loop or in a thread."""
+    bench = Bench(max_batch_tokens=100_000)
+
+    async def scenario() -> None:
+        texts = [f"{number % 900} 2" for number in range(inputs)]
+        answer = await bench.send(*texts, params=EmbedParams())
+        assert answer.vectors.shape == (inputs, 4)
+        whole = np.array(expected(*texts), dtype=np.float32)
+        np.testing.assert_allclose(answer.vectors, normalize(whole), atol=1e-6)
+
+    run_on(bench, scenario)
+
+
+# --------------------------------------------------------------------------------- the parameters
+
+PROMPTS = {"search_query": "Q: ", "document": "D: ", "odd": "O: "}
+
+
+@pytest.mark.parametrize(
+    ("params", "default", "prompt"),
+    [
+        pytest.param(EmbedParams(), None, "", id="none"),
+        pytest.param(EmbedParams(), "odd", "O: ", id="default"),
+        pytest.param(EmbedParams(input_type="query"), None, "Q: ", id="query-is-search_query"),
+        pytest.param(EmbedParams(input_type="document"), "odd", "D: ", id="document"),
+        pytest.param(EmbedParams(input_type="search_query"), None, "Q: ", id="exact-name"),
+        pytest.param(EmbedParams(prompt="P: "), "odd", "P: ", id="own-prompt"),
+        pytest.param(EmbedParams(prompt=""), "odd", "", id="empty-prompt-overrides-default"),
+    ],
+)
+def test_which_prompt_is_prepended(params: EmbedParams, default: str | None, prompt: str) -> None:
+    bench = Bench(info=model_info(prompts=PROMPTS, default_prompt=default))
+
+    async def scenario() -> None:
+        await bench.send("1", params=params)
+        assert bench.tokenizer.prompts == [prompt]
+
+    run_on(bench, scenario)
+
+
+@pytest.mark.parametrize("name", ["query", "document"])
+def test_a_model_without_prompts_takes_query_and_document(name: str) -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        await bench.send("1", params=EmbedParams(input_type=name))
+        assert bench.tokenizer.prompts == [""]
+
+    run_on(bench, scenario)
+
+
+@pytest.mark.parametrize(
+    ("params", "param", "message"),
+    [
+        pytest.param(
+            EmbedParams(input_type="poem"), "input_type", "has no prompt 'poem'", id="prompt"
+        ),
+        pytest.param(
+            EmbedParams(input_type="query", prompt="x"), "prompt", "not both", id="both-prompts"
+        ),
+        pytest.param(
+            EmbedParams(dimensions=2), "dimensions", "not trained for shorter", id="no-matryoshka"
+        ),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused(params: EmbedParams, param: str, message: str) -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        with pytest.raises(InvalidRequest, match=message) as caught:
+            await bench.send("1", params=params)
+        assert caught.value.param == param
+        assert not bench.backend.batches
+
+    run_on(bench, scenario)
+
+
+@pytest.mark.parametrize("dimensions", [0, -1, 5])
+def test_dimensions_outside_are_refused_with_what_is_possible(dimensions: int) -> None:
+    bench = Bench(info=model_info(dimensions=(2, 4)))
+
+    async def scenario() -> None:
+        with pytest.raises(InvalidRequest, match="from 1 to 4 .* trained for 2, 4"):
+            await bench.send("1", params=EmbedParams(dimensions=dimensions))
+        answer = await bench.send("1 2", params=EmbedParams(dimensions=2, normalize=False))
+        assert answer.vectors.tolist() == [[2, 3]]
+        assert answer.dimensions == 2
+
+    run_on(bench, scenario)
+
+
+def test_a_cut_input_is_told() -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        answer = await bench.send("5 " * 60, "6")
+        assert (answer.truncated, answer.tokens) == (1, 51)
+        assert [encoding.total_tokens for encoding in answer.encodings] == [60, 1]
+
+    run_on(bench, scenario)
+
+
+# ---------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_move() -> None:
+    bench = Bench(max_batch_tokens=9, padded=True)
+
+    async def scenario() -> None:
+        await bench.send("5 " * 60)
+        await bench.send("1", "2 2", "3 3 3")
+
+    run_on(bench, scenario)
+    assert bench.metric("inputs_total") == 4
+    assert bench.metric("tokens_total") == 56
+    assert bench.metric("truncated_inputs_total") == 1
+    assert bench.metric("padding_tokens_total") == 3
+    assert bench.metric("failed_batches_total") == 0
+    assert bench.metric("queue_tokens") == bench.metric("queue_requests") == 0
+    assert bench.metric("tokenize_duration_seconds_count") == 2
+    assert bench.metric("queue_duration_seconds_count") == 4
+    assert bench.metric("inference_duration_seconds_count") == 2
+    assert bench.metric("batch_size_sum") == 4
+    assert bench.metric("batch_tokens_sum") == 56
+    assert bench.metric("batch_tokens_bucket", le="64.0") == 2
+
+
+def test_metrics_of_a_packed_backend_count_no_padding() -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        await bench.send("1", "2 2", "3 3 3")
+
+    run_on(bench, scenario)
+    assert bench.metric("padding_tokens_total") == 0

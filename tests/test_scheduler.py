@@ -1,0 +1,224 @@
+"""The scheduler: fair between requests, near in length, within the budget, and nothing lost."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedding_server.engine.batch import Encoding, Entry
+from embedding_server.engine.scheduler import Scheduler
+
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
+
+
+class Job:
+    """A request, as far as the scheduler knows one."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.entries = [
+            Entry(self, index, Encoding([1] * length, length))
+            for index, length in enumerate(lengths)
+        ]
+
+
+def start(scheduler: Scheduler, *lengths: int) -> Job:
+    job = Job(lengths)
+    scheduler.add(job.entries)
+    return job
+
+
+def drain(scheduler: Scheduler) -> Iterator[list[Entry]]:
+    while batch := scheduler.next_batch():
+        yield batch
+
+
+def lengths_of(batch: Sequence[Entry]) -> list[int]:
+    return [entry.length for entry in batch]
+
+
+def tokens_of(batch: Sequence[Entry], job: Job) -> int:
+    return sum(entry.length for entry in batch if entry.request is job)
+
+
+def test_nothing_waits() -> None:
+    scheduler = Scheduler(max_batch_tokens=100)
+    assert scheduler.next_batch() == []
+    assert len(scheduler) == scheduler.tokens == 0
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+@given(jobs=st.lists(LENGTHS, min_size=1, max_size=6), budget=st.integers(1, 1000))
+def test_every_entry_comes_out_once_and_within_the_budget(
+    padded: bool, jobs: list[list[int]], budget: int
+) -> None:
+    scheduler = Scheduler(max_batch_tokens=budget, padded=padded)
+    waiting = [entry for lengths in jobs for entry in start(scheduler, *lengths).entries]
+    seen: list[Entry] = []
+    for batch in drain(scheduler):
+        lengths = lengths_of(batch)
+        cost = len(batch) * max(lengths) if padded else sum(lengths)
+        assert cost <= budget or len(batch) == 1
+        assert lengths == sorted(lengths)
+        seen += batch
+        assert len(scheduler) == len(waiting) - len(seen)
+        assert scheduler.tokens == sum(lengths_of(waiting)) - sum(lengths_of(seen))
+    assert sorted(map(id, seen)) == sorted(map(id, waiting))
+
+
+@given(jobs=st.lists(LENGTHS, min_size=1, max_size=4))
+def test_a_batch_holds_near_lengths_only(jobs: list[list[int]]) -> None:
+    scheduler = Scheduler(max_batch_tokens=1000)
+    for lengths in jobs:
+        start(scheduler, *lengths)
+    for batch in drain(scheduler):
+        shortest, longest = batch[0].length, batch[-1].length
+        assert longest <= 4 * shortest + 80, "each is within a factor of two of the oldest"
+
+
+def test_the_nearest_lengths_join_first() -> None:
+    scheduler = Scheduler(max_batch_tokens=300)
+    start(scheduler, 100, 60, 140, 98, 101)
+    assert lengths_of(scheduler.next_batch()) == [98, 100, 101]
+
+
+def test_a_batch_is_filled_from_all_requests() -> None:
+    scheduler = Scheduler(max_batch_tokens=100)
+    jobs = [start(scheduler, 10) for _ in range(10)]
+    batch = scheduler.next_batch()
+    assert {entry.request for entry in batch} == set(jobs)
+
+
+def test_an_entry_over_the_budget_goes_alone() -> None:
+    scheduler = Scheduler(max_batch_tokens=64)
+    start(scheduler, 100, 100, 60)
+    assert [lengths_of(batch) for batch in drain(scheduler)] == [[100], [100], [60]]
+
+
+# ------------------------------------------------------------------------------------ fairness
+
+_random = random.Random(3)
+
+
+@pytest.mark.parametrize("batches_before", [1, 2, 7])
+@pytest.mark.parametrize("query", [3, 12, 250])
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param([250] * 2048, id="long"),
+        pytest.param([3] * 2048, id="short"),
+        pytest.param([5, 250] * 1024, id="alternating"),
+        pytest.param([_random.randint(3, 256) for _ in range(2048)], id="mixed"),
+        pytest.param(sorted(_random.randint(3, 256) for _ in range(2048)), id="sorted"),
+    ],
+)
+def test_a_query_during_a_large_job_is_in_the_next_batch(
+    job: list[int], query: int, batches_before: int
+) -> None:
+    scheduler = Scheduler(max_batch_tokens=1024)
+    start(scheduler, *job)
+    for _ in range(batches_before):
+        scheduler.next_batch()
+    one_line = start(scheduler, query)
+    assert one_line.entries[0] in scheduler.next_batch()
+
+
+@given(jobs=st.lists(LENGTHS, min_size=1, max_size=4), newcomer=st.integers(1, 20))
+def test_requests_that_never_end_starve_nobody(jobs: list[list[int]], newcomer: int) -> None:
+    """With a new one-line query before every batch, all that waits is served in bounded time."""
+    scheduler = Scheduler(max_batch_tokens=300)
+    waiting = {id(e) for lengths in jobs for e in start(scheduler, *lengths).entries}
+    # Each batch serves one that waits, or moves virtual time by the newcomer's tokens.
+    bound = len(waiting) + max(map(sum, jobs)) // newcomer + 2
+    for _ in range(bound):
+        start(scheduler, newcomer)
+        waiting -= {id(entry) for entry in scheduler.next_batch()}
+    assert not waiting
+
+
+@pytest.mark.parametrize(
+    ("lengths", "other_lengths"),
+    [
+        pytest.param([100] * 400, [100] * 400, id="equal"),
+        pytest.param([20] * 2000, [200] * 200, id="many-short-few-long"),
+        pytest.param([250, 5] * 150, [30] * 1300, id="mixed"),
+    ],
+)
+@pytest.mark.parametrize("head_start", [0, 5], ids=["together", "one-later"])
+def test_two_jobs_share_by_tokens(
+    lengths: list[int], other_lengths: list[int], head_start: int
+) -> None:
+    """However many inputs each has, both get the same tokens from when the second arrives."""
+    budget = 1000
+    scheduler = Scheduler(max_batch_tokens=budget)
+    job = start(scheduler, *lengths)
+    for _ in range(head_start):
+        scheduler.next_batch()
+    other = start(scheduler, *other_lengths)
+    given_to_job = given_to_other = 0
+    for batch in itertools.islice(drain(scheduler), 30):
+        given_to_job += tokens_of(batch, job)
+        given_to_other += tokens_of(batch, other)
+        assert abs(given_to_job - given_to_other) <= 2 * budget
+    assert min(given_to_job, given_to_other) >= 13 * budget
+
+
+def test_a_late_job_cannot_claim_the_past() -> None:
+    scheduler = Scheduler(max_batch_tokens=100)
+    first = start(scheduler, *[50] * 100)
+    for _ in range(20):
+        scheduler.next_batch()
+    start(scheduler, *[50] * 100)
+    served = [tokens_of(scheduler.next_batch(), first) for _ in range(10)]
+    assert sum(served) >= 400, "half of ten batches, less one"
+
+
+def test_requests_of_one_moment_are_served_in_order() -> None:
+    scheduler = Scheduler(max_batch_tokens=100)
+    jobs = [start(scheduler, 100) for _ in range(5)]
+    assert [batch[0].request for batch in drain(scheduler)] == jobs
+
+
+# ------------------------------------------------------------------------------------- discard
+
+
+@given(
+    jobs=st.lists(LENGTHS, min_size=2, max_size=5),
+    batches_before=st.integers(0, 4),
+    which=st.integers(0, 4),
+)
+def test_discard_forgets_one_request_and_no_other(
+    jobs: list[list[int]], batches_before: int, which: int
+) -> None:
+    scheduler = Scheduler(max_batch_tokens=300)
+    started = [start(scheduler, *lengths) for lengths in jobs]
+    seen = [e for _ in range(batches_before) for e in scheduler.next_batch()]
+    unwanted = started[which % len(started)]
+    scheduler.discard(unwanted)
+    scheduler.discard(unwanted)
+    expected = {
+        id(entry)
+        for job in started
+        if job is not unwanted
+        for entry in job.entries
+        if entry not in seen
+    }
+    assert len(scheduler) == len(expected)
+    rest = [entry for batch in drain(scheduler) for entry in batch]
+    assert {id(entry) for entry in rest} == expected
+    assert len(rest) == len(expected)
+    assert scheduler.tokens == 0
+
+
+def test_discard_of_a_stranger_changes_nothing() -> None:
+    scheduler = Scheduler(max_batch_tokens=100)
+    start(scheduler, 10, 20)
+    scheduler.discard(Job([10]))
+    assert (len(scheduler), scheduler.tokens) == (2, 30)

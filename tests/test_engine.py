@@ -192,7 +192,7 @@ async def settle() -> None:
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(scenario)
+    asyncio.run(asyncio.wait_for(scenario, 60))
 
 
 def run_on(bench: Bench, scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -202,7 +202,7 @@ def run_on(bench: Bench, scenario: Callable[[], Coroutine[Any, Any, None]]) -> N
         async with bench.running():
             await scenario()
 
-    asyncio.run(whole())
+    run(whole())
 
 
 # -------------------------------------------------------------------------------------- batching

@@ -130,6 +130,17 @@ def test_a_query_during_a_large_job_is_in_the_next_batch(
     assert one_line.entries[0] in scheduler.next_batch()
 
 
+@pytest.mark.parametrize("batches_before", [1, 2, 3, 8])
+def test_a_query_during_two_large_jobs_is_in_the_next_batch(batches_before: int) -> None:
+    scheduler = Scheduler(max_batch_tokens=1024)
+    start(scheduler, *[250] * 500)
+    start(scheduler, *[30] * 2000)
+    for _ in range(batches_before):
+        scheduler.next_batch()
+    one_line = start(scheduler, 3)
+    assert one_line.entries[0] in scheduler.next_batch()
+
+
 @given(jobs=st.lists(LENGTHS, min_size=1, max_size=4), newcomer=st.integers(1, 20))
 def test_requests_that_never_end_starve_nobody(jobs: list[list[int]], newcomer: int) -> None:
     """With a new one-line query before every batch, all that waits is served in bounded time."""
@@ -215,6 +226,17 @@ def test_discard_forgets_one_request_and_no_other(
     assert {id(entry) for entry in rest} == expected
     assert len(rest) == len(expected)
     assert scheduler.tokens == 0
+
+
+def test_discard_keeps_the_others_fair() -> None:
+    scheduler = Scheduler(max_batch_tokens=100)
+    jobs = [start(scheduler, *[50] * 60) for _ in range(4)]
+    scheduler.discard(jobs[1])
+    shares = [0, 0, 0, 0]
+    for batch in drain(scheduler):
+        shares = [share + tokens_of(batch, job) for share, job in zip(shares, jobs, strict=True)]
+        assert max(shares) - min(shares[0], *shares[2:]) <= 100
+    assert shares == [3000, 0, 3000, 3000]
 
 
 def test_discard_of_a_stranger_changes_nothing() -> None:

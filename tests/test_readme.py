@@ -1,0 +1,184 @@
+"""Every command and example of the README, run as a newcomer would, in a fresh checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from live import environment
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+# A newcomer's machine has no environment of ours around it.
+INSTALL_SECONDS = 900
+SERVE = "scripts/serve --model all-MiniLM-L6-v2"
+
+
+def commands() -> list[str]:
+    """Each ``$`` line of the console blocks, with the lines that continue it."""
+    text = "\n".join(body for language, body in BLOCKS if language == "console")
+    joined = text.replace("\\\n", " ")
+    return [line[2:].strip() for line in joined.splitlines() if line.startswith("$ ")]
+
+
+def blocks(language: str) -> list[str]:
+    return [body for kind, body in BLOCKS if kind == language]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of this checkout, without what was installed or built in it."""
+    target = tmp_path_factory.mktemp("fresh") / "embedding-server"
+    ignored = shutil.ignore_patterns(
+        ".venv", ".git", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info"
+    )
+    shutil.copytree(ROOT, target, ignore=ignored, symlinks=True)
+    return target
+
+
+def newcomer() -> dict[str, str]:
+    # http and curl come from the machine; here HTTPie is beside the Python that runs the tests.
+    path = f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}"
+    return {**environment(), "PATH": path, "HOME": os.environ.get("HOME", "/tmp")}
+
+
+@contextmanager
+def serving(checkout: Path, command: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The server that ``command`` starts, on ``port`` instead of the README's 5000."""
+    server = subprocess.Popen(
+        ["bash", "-c", f"exec {command} --port {port}"], cwd=checkout, env=newcomer()
+    )
+    try:
+        deadline = time.monotonic() + INSTALL_SECONDS
+        while True:
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            assert server.poll() is None, f"{command} ended with {server.returncode}"
+            assert time.monotonic() < deadline, f"{command} did not get ready"
+            time.sleep(0.1)
+        yield server
+    finally:
+        if server.poll() is None:
+            server.send_signal(signal.SIGTERM)
+        server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def port(checkout: Path) -> Iterator[int]:
+    """The port of the server that the README's first command installs and starts."""
+    assert commands()[0] == SERVE
+    number = free_port()
+    with serving(checkout, SERVE, number):
+        yield number
+
+
+def run(checkout: Path, command: str, timeout: float = 120) -> str:
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=checkout,
+        env=newcomer(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_two_commands_lead() -> None:
+    assert commands()[0].startswith("scripts/serve")
+    assert "scripts/test" in commands()[:3]
+
+
+def test_the_server_is_installed_without_torch(checkout: Path, port: int) -> None:
+    listed = run(checkout, ".venv/bin/python -m pip list --format=freeze").lower()
+    assert "embedding-server" in listed
+    for package in ("torch==", "transformers==", "sentence-transformers=="):
+        assert package not in listed
+
+
+def test_a_second_start_does_not_ask_the_index(checkout: Path, port: int) -> None:
+    """With an index that refuses every connection, it starts all the same."""
+    command = f"PIP_INDEX_URL=http://127.0.0.1:9 PIP_NO_CACHE_DIR=1 {SERVE}"
+    with serving(checkout, f"env {command}", free_port()):
+        pass
+
+
+def test_the_request_and_its_answer(checkout: Path, port: int) -> None:
+    (curl,) = [command for command in commands() if command.startswith("curl")]
+    found = json.loads(run(checkout, curl.replace(":5000/", f":{port}/")))
+    shown = json.loads(blocks("json")[0])
+    for item, shown_item in zip(found["data"], shown["data"], strict=True):
+        first = shown_item["embedding"][:-1]
+        assert [round(value, 6) for value in item["embedding"][: len(first)]] == first
+        item["embedding"] = shown_item["embedding"]
+    assert found == shown
+
+
+def test_httpie(checkout: Path, port: int) -> None:
+    (command,) = [command for command in commands() if command.startswith("http ")]
+    command = command.replace("http get", "http --ignore-stdin --body get").replace(
+        "5000", f"{port}"
+    )
+    found = json.loads(run(checkout, command))
+    assert [len(item["embedding"]) for item in found["data"]] == [384, 384]
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=["openai", "embedder"])
+def test_python_examples(code: str, checkout: Path, port: int) -> None:
+    code = code.replace(":5000/", f":{port}/")
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    numbers = [float(number) for number in re.findall(r"[\d.]+", done.stdout)]
+    if "openai" in code:
+        assert numbers == [384]
+    else:
+        own, phone, roku = numbers
+        assert own == pytest.approx(1) and phone > roku + 0.1
+
+
+def other_commands() -> list[str]:
+    return [
+        command
+        for command in commands()
+        if not command.startswith(("curl", "http ")) and command not in (SERVE, "scripts/test")
+    ]
+
+
+def test_the_other_commands(checkout: Path, port: int) -> None:
+    """In their order, as one may need what another has made."""
+    # Comparing with sentence-transformers needs the extra that scripts/test brings.
+    run(checkout, "scripts/test --collect-only -q tests/test_readme.py", INSTALL_SECONDS)
+    for command in other_commands():
+        if command.startswith("scripts/serve"):
+            with serving(checkout, command, free_port()):
+                pass
+        else:
+            run(checkout, command, 300)
+    assert (checkout / "vectors.npy").stat().st_size == 128 + 2 * 384 * 4
+    assert (checkout / "models" / "all-MiniLM-L6-v2" / "model.safetensors").is_file()

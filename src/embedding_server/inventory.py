@@ -50,7 +50,13 @@ def pull_models(settings: Settings, names: list[str], to: Path) -> int:
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     to.mkdir(parents=True, exist_ok=True)
     for name in names:
-        folder = pull(parse_spec(name), to, models_dir=settings.load_models_from, token=token)
+        folder = pull(
+            parse_spec(name),
+            to,
+            models_dir=settings.load_models_from,
+            token=token,
+            onnx_file=settings.onnx_file,
+        )
         sys.stdout.write(f"{folder}\n")
     return 0
 

@@ -124,7 +124,9 @@ class Settings(BaseSettings):
         _INFERENCE,
     )
     onnx_file: str | None = _setting(
-        None, "run this .onnx file of the model's folder instead of the built graph", _INFERENCE
+        None,
+        "run (or pull) this .onnx file of the model's folder instead of the built graph",
+        (*_INFERENCE, "pull"),
     )
     matryoshka: Matryoshka = _setting(
         (),

@@ -18,7 +18,7 @@ from embedding_server.backends.weights import Weights
 from embedding_server.engine.batch import Batch
 from embedding_server.errors import ModelNotSupported
 
-__all__ = ["OnnxFileBackend", "PackedBackend"]
+__all__ = ["OnnxFileBackend", "PackedBackend", "onnx_model_file"]
 
 # The linear layers reach their ceiling at a few hundred tokens; more only adds latency.
 _BATCH_TOKENS = 1024
@@ -89,7 +89,7 @@ class OnnxFileBackend:
     @classmethod
     def load(cls, pipeline: Pipeline, options: BackendOptions) -> Self:
         """Load the file; raises ModelNotSupported if there is none or its form isn't known."""
-        file = _model_file(pipeline, options.onnx_file)
+        file = onnx_model_file(pipeline, options.onnx_file)
         session = _session(str(file), _session_options(options))
         known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
         inputs = {value.name for value in session.get_inputs()}
@@ -119,7 +119,8 @@ class OnnxFileBackend:
         return self._head(states[mask.astype(bool)], batch)
 
 
-def _model_file(pipeline: Pipeline, name: str | None) -> Path:
+def onnx_model_file(pipeline: Pipeline, name: str | None) -> Path:
+    """The model's own .onnx file, or the one called ``name``; raises ModelNotSupported."""
     folder = pipeline.transformer
     for candidate in (name,) if name else _MODEL_FILES:
         path = folder / candidate

@@ -60,7 +60,11 @@ def load_engine(
     name, why, backend = _load_backend(layout.pipeline, options)
     tokenizer = _load_tokenizer(layout, backend)
     row = _catalog_row(spec, located)
-    weights = layout.pipeline.transformer / "model.safetensors"
+    weights = _weights_file(layout.pipeline, name, options)
+    # `verify` has held it against the file already.
+    digest = spec.sha256 if name != "onnx-file" else None
+    if digest is None and weights.is_file():
+        digest = sha256_of(weights)
     info = ModelInfo(
         name=spec.served_name,
         architecture=str(layout.pipeline.config.get("model_type", layout.pipeline.body)),
@@ -74,7 +78,7 @@ def load_engine(
         backend=name,
         backend_reason=why,
         revision=located.revision,
-        sha256=spec.sha256 or (sha256_of(weights) if weights.is_file() else None),
+        sha256=digest,
         created=int(weights.stat().st_mtime) if weights.is_file() else 0,
         owned_by=spec.repo.partition("/")[0] if spec.repo else "local",
     )
@@ -172,6 +176,15 @@ def _load_tokenizer(layout: Layout, backend: Backend) -> Tokenizer:
         lowercase=layout.lowercase,
         exclude_prompt=layout.exclude_prompt,
     )
+
+
+def _weights_file(pipeline: Pipeline, backend: str, options: LoadOptions) -> Path:
+    """The file that holds the model's weights; there is none by that name if they are in shards."""
+    if backend == "onnx-file":
+        from embedding_server.backends.onnx import onnx_model_file
+
+        return onnx_model_file(pipeline, options.onnx_file)
+    return pipeline.transformer / "model.safetensors"
 
 
 def _catalog_row(spec: ModelSpec, located: LocatedModel) -> CatalogModel | None:

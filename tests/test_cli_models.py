@@ -109,38 +109,6 @@ def test_list_of_no_model(offline: Mapping[str, str]) -> None:
     )
 
 
-# ------------------------------------------------------------------------- models info and verify
-
-
-def rows_of(done: subprocess.CompletedProcess[bytes]) -> dict[str, str]:
-    pairs = (re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.decode().splitlines())
-    return dict(pairs)
-
-
-def test_info(offline: Mapping[str, str]) -> None:
-    done = run_cli("models", "info", MINILM, env=offline)
-    assert done.returncode == 0, done.stderr
-    told = rows_of(done)
-    assert told["name"] == MINILM
-    assert told["dimensions"] == "384"
-    assert told["max tokens"] == "256"
-    assert told["pooling"] == "mean"
-    assert told["backend"].startswith("onnx (")
-    assert told["sha256"].startswith("53aa51172d14")
-
-
-def test_info_of_what_cannot_be_had(offline: Mapping[str, str]) -> None:
-    assert "can't be had" in sentence(run_cli("models", "info", NOMIC[0], env=offline))
-
-
-def test_verify(offline: Mapping[str, str], tiny_folder: Path) -> None:
-    done = run_cli("models", "verify", str(tiny_folder), env=offline)
-    assert done.returncode == 0, done.stderr
-    told = rows_of(done)
-    assert (told["model"], told["verdict"]) == ("tiny", "exact")
-    assert float(told["maximum error"].split()[0]) < 1e-5
-
-
 # --------------------------------------------------------------------------------- models pull
 
 

@@ -15,9 +15,16 @@ import pytest
 from live import environment, run_cli
 
 import embedding_server
+from embedding_server.app import create_app
 from embedding_server.cli import build_parser
 from embedding_server.errors import ConfigurationError
-from embedding_server.settings import ENV_PREFIX, Settings, load_settings, rows
+from embedding_server.settings import (
+    ENV_PREFIX,
+    Settings,
+    load_settings,
+    rows,
+    unknown_variables,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -215,13 +222,26 @@ def test_a_file_that_does_not_exist(toml: Path) -> None:
     ],
 )
 def test_settings_that_do_not_go_together(flags: dict[str, Any], message: str) -> None:
+    """What only serving asks of them, so that a server's file can be used for other commands."""
+    settings = load_settings(flags)
     with pytest.raises(ConfigurationError, match=message):
-        load_settings(flags)
+        create_app(settings)
 
 
 def test_one_name_for_each_model() -> None:
     settings = load_settings({"model": ["a", "b"], "served_model_name": ["x", "y"]})
     assert settings.served_model_name == ("x", "y")
+
+
+def test_misspelt_variables_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDING_SERVER_MODLE", "all-MiniLM-L6-v2")
+    # Kubernetes' own, for a Service named embedding-server.
+    monkeypatch.setenv("EMBEDDING_SERVER_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("EMBEDDING_SERVER_PORT_5000_TCP", "tcp://10.0.0.1:5000")
+    assert unknown_variables() == ["EMBEDDING_SERVER_MODLE"]
+    done = run_cli("models", "list", env={"EMBEDDING_SERVER_MODLE": "x"})
+    assert done.returncode == 0
+    assert b"EMBEDDING_SERVER_MODLE is set, but there is no such setting" in done.stderr
 
 
 def test_settings_do_not_change() -> None:

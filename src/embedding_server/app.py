@@ -92,12 +92,21 @@ def create_app(
 
 
 def _specs(settings: Settings) -> list[ModelSpec]:
+    names = settings.served_model_name
+    if names and len(names) != len(settings.model):
+        raise ConfigurationError(
+            f"--served-model-name is given {len(names)} times for {len(settings.model)} --model; "
+            "give one name for each model, in the same order."
+        )
+    if settings.revision and len(settings.model) != 1:
+        raise ConfigurationError(
+            "--revision needs exactly one --model; else write --model ID@REVISION."
+        )
     if not settings.model:
         return [parse_spec(name, requested=False) for name in DEFAULT_MODELS]
     specs = [parse_spec(text, revision=settings.revision) for text in settings.model]
-    if settings.served_model_name:
-        names = zip(specs, settings.served_model_name, strict=True)
-        specs = [replace(spec, alias=name) for spec, name in names]
+    if names:
+        specs = [replace(spec, alias=name) for spec, name in zip(specs, names, strict=True)]
     served = Counter(spec.served_name for spec in specs)
     twice = [name for name, count in served.items() if count > 1]
     if twice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 from embedding_server import __version__
 from embedding_server.errors import EmbeddingServerError
-from embedding_server.settings import ENV_PREFIX, Row, load_settings, rows
+from embedding_server.settings import ENV_PREFIX, Row, load_settings, rows, unknown_variables
 
 __all__ = ["build_parser", "main"]
+
+logger = logging.getLogger(__name__)
 
 _DESCRIPTION = """\
 Turns text into sentence embeddings: exact to sentence-transformers, without torch.
@@ -181,6 +184,8 @@ def _run(command: str, options: dict[str, Any]) -> int:
     from embedding_server.logs import set_up_logging
 
     set_up_logging(settings.log_format, settings.log_level)
+    for name in unknown_variables():
+        logger.warning("%s is set, but there is no such setting", name)
     if command == "serve":
         from embedding_server.server import serve
 

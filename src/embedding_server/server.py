@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import socket
+from types import FrameType
 
 import uvicorn
 
@@ -30,6 +32,8 @@ def serve(settings: Settings) -> int:
         load_errors.append(error)
         server.should_exit = True
 
+    # uvicorn ends well on SIGTERM, and then raises it again: that is no failure.
+    signal.signal(signal.SIGTERM, _end)
     app = create_app(settings, on_load_error=stop_on)
     listener = _listen(settings.host, settings.port)
     server = uvicorn.Server(
@@ -55,6 +59,10 @@ def serve(settings: Settings) -> int:
     for error in load_errors:
         raise error
     return 0
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
 
 
 def _listen(host: str, port: int) -> socket.socket:

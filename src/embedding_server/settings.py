@@ -36,6 +36,7 @@ __all__ = [
     "available_cores",
     "load_settings",
     "rows",
+    "unknown_variables",
 ]
 
 ENV_PREFIX = "EMBEDDING_SERVER_"
@@ -171,15 +172,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Settings:
-        if self.served_model_name and len(self.served_model_name) != len(self.model):
-            raise ValueError(
-                f"--served-model-name is given {len(self.served_model_name)} times for "
-                f"{len(self.model)} --model; give one name for each model, in the same order"
-            )
         if not all(key.get_secret_value() for key in self.api_key):
             raise ValueError("--api-key is empty; leave it out to let everyone in")
-        if self.revision and len(self.model) != 1:
-            raise ValueError("--revision needs exactly one --model; else write --model ID@REVISION")
         return self
 
     @classmethod
@@ -238,6 +232,18 @@ def load_settings(flags: Mapping[str, object], config: Path | None = None) -> Se
         raise ConfigurationError(_explain(error)) from None
     except ValueError as error:  # a TOML file that doesn't parse
         raise ConfigurationError(f"{config}: {error}") from None
+
+
+def unknown_variables() -> list[str]:
+    """Variables of our prefix that name no setting, but for those that Kubernetes makes.
+
+    For a Service named embedding-server it sets EMBEDDING_SERVER_PORT_5000_TCP, _SERVICE_HOST
+    and more, so that an unknown one can be told but not refused.
+    """
+    known = {row.env for row in rows()} | {f"{ENV_PREFIX}CONFIG"}
+    ours = [name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known]
+    kubernetes = (f"{ENV_PREFIX}SERVICE_", f"{ENV_PREFIX}PORT_")
+    return sorted(name for name in ours if not name.startswith(kubernetes))
 
 
 def _config_from_environment() -> Path | None:

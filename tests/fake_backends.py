@@ -19,6 +19,8 @@ class Working:
 
     dims = 8
     padded = False
+    vocab_size = None
+    tokenizer = None
     default_batch_tokens = 32
 
     @classmethod

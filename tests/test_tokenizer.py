@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from embedding_server.engine.batch import Encoding
 from embedding_server.engine.tokenizer import Input, Tokenizer
 from embedding_server.errors import ContextLengthExceeded, InvalidRequest, ModelNotSupported
+from embedding_server.models.tokenizer_files import read_backend
 
 CLS, SEP = 101, 102
 VOCABULARY = 30522
@@ -65,12 +66,14 @@ ODD_UNICODE = st.text(
 )
 
 
+def from_file(path: Path, **options: Any) -> Tokenizer:
+    return Tokenizer(RawTokenizer.from_file(str(path)), **options)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     """The real model's, as the loader opens it."""
-    return Tokenizer.from_file(
-        minilm_folder() / "tokenizer.json", max_tokens=LIMIT, vocab_size=VOCABULARY
-    )
+    return from_file(minilm_folder() / "tokenizer.json", max_tokens=LIMIT, vocab_size=VOCABULARY)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +127,7 @@ def test_any_unicode(tokenizer: Tokenizer, theirs: Callable[..., list[int]], tex
 
 @pytest.mark.parametrize("limit", [3, 4, 17, 512])
 def test_any_limit(theirs: Callable[..., list[int]], limit: int) -> None:
-    tokenizer = Tokenizer.from_file(minilm_folder() / "tokenizer.json", max_tokens=limit)
+    tokenizer = from_file(minilm_folder() / "tokenizer.json", max_tokens=limit)
     for text in ODD_TEXTS:
         expected = theirs(text, truncation=True, max_length=limit)
         assert encode_one(tokenizer, text).ids == expected
@@ -137,7 +140,7 @@ def test_other_families_are_cut_alike(family: str, tmp_path: Path) -> None:
 
     model = tiny.FAMILIES[family](tmp_path / "model", tokenizer_padding=True)
     auto = AutoTokenizer.from_pretrained(model.reference)
-    ours = Tokenizer.from_file(model.folder / "tokenizer.json", max_tokens=20)
+    ours = from_file(model.folder / "tokenizer.json", max_tokens=20)
     texts = [*tiny.ODD_TEXTS, *tiny.texts(20, seed=2)]
     for text, encoding in zip(texts, ours.encode(texts), strict=True):
         assert encoding.ids == auto(text, truncation=True, max_length=20)["input_ids"]
@@ -259,7 +262,7 @@ def test_excluded_prompt_tokens_are_counted_as_sentence_transformers_counts(
     model = tiny.FAMILIES[family](tmp_path / "model", include_prompt=False, max_seq_length=20)
     reference = tiny.load_reference(model)
     expected = reference.preprocess([text], prompt=prompt or None).get("prompt_length", 0)
-    ours = Tokenizer.from_file(model.folder / "tokenizer.json", max_tokens=20, exclude_prompt=True)
+    ours = from_file(model.folder / "tokenizer.json", max_tokens=20, exclude_prompt=True)
     encoding = encode_one(ours, text, prompt=prompt)
     assert encoding.prompt_tokens == expected
     assert encoding.prompt_tokens <= len(encoding.ids)
@@ -306,21 +309,11 @@ def test_other_inputs_are_refused(tokenizer: Tokenizer, inputs: list[Any], index
 # -------------------------------------------------------------------------------------- the file
 
 
-def test_lowercase_is_done_before_the_tokenizer(tmp_path: Path) -> None:
-    model = tiny.make_bert(tmp_path / "model", cased=True)
-    file = model.folder / "tokenizer.json"
-    plain, lower = (
-        Tokenizer.from_file(file, max_tokens=64, lowercase=lowercase) for lowercase in (False, True)
-    )
-    assert encode_one(plain, "River").ids != encode_one(plain, "river").ids
-    assert encode_one(lower, "RIVER").ids == encode_one(plain, "river").ids
-
-
 def test_a_broken_file_is_not_supported(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text("{}")
     with pytest.raises(ModelNotSupported, match="can't be read as a tokenizer"):
-        Tokenizer.from_file(file, max_tokens=64)
+        read_backend(file)
 
 
 def test_a_limit_without_room_is_not_supported() -> None:

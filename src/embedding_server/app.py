@@ -102,9 +102,11 @@ def _specs(settings: Settings) -> list[ModelSpec]:
         raise ConfigurationError(
             "--revision needs exactly one --model; else write --model ID@REVISION."
         )
-    if not settings.model:
-        return [parse_spec(name, requested=False) for name in DEFAULT_MODELS]
-    specs = [parse_spec(text, revision=settings.revision) for text in settings.model]
+    requested = bool(settings.model)
+    specs = [
+        parse_spec(text, revision=settings.revision, requested=requested)
+        for text in settings.model or DEFAULT_MODELS
+    ]
     if names:
         specs = [replace(spec, alias=name) for spec, name in zip(specs, names, strict=True)]
     served = Counter(spec.served_name for spec in specs)
@@ -113,6 +115,11 @@ def _specs(settings: Settings) -> list[ModelSpec]:
         raise ConfigurationError(
             f"More than one --model would be served as {', '.join(twice)}: give each a "
             "name of its own with --served-model-name."
+        )
+    if unknown := set(settings.matryoshka_sizes) - set(served):
+        raise ConfigurationError(
+            f"--matryoshka names {', '.join(unknown)}, which isn't served; there are: "
+            f"{', '.join(served)}."
         )
     return specs
 

@@ -122,7 +122,8 @@ def _embedded(
 
     waiting: deque[tuple[list[_Line], Future[Embeddings]]] = deque()
     bad_line: BadLine | None = None
-    with ThreadPoolExecutor(_CHUNKS_AHEAD) as pool:
+    pool = ThreadPoolExecutor(_CHUNKS_AHEAD)
+    try:
         for chunk in _chunks(options.files, options.field):
             if isinstance(chunk, BadLine):
                 bad_line = chunk
@@ -132,6 +133,8 @@ def _embedded(
                 yield from _finished(*waiting.popleft(), embed)
         while waiting:
             yield from _finished(*waiting.popleft(), embed)
+    finally:  # after Ctrl-C nobody waits for the rest
+        pool.shutdown(wait=False, cancel_futures=True)
     if bad_line is not None:
         raise bad_line
 

@@ -92,6 +92,11 @@ class Embedder:
     def from_settings(cls, model: str, settings: Settings) -> Self:
         """The embedder of ``model`` as the command line's ``settings`` want it."""
         token = settings.hf_token
+        name = parse_spec(model).name
+        if unknown := set(settings.matryoshka_sizes) - {name}:
+            raise ConfigurationError(
+                f"--matryoshka names {', '.join(unknown)}, but the model is {name}."
+            )
         return cls(
             model,
             revision=settings.revision,
@@ -99,7 +104,7 @@ class Embedder:
             onnx_file=settings.onnx_file,
             threads=settings.threads,
             max_batch_tokens=settings.max_batch_tokens,
-            matryoshka=settings.matryoshka_sizes.get(parse_spec(model).name, ()),
+            matryoshka=settings.matryoshka_sizes.get(name, ()),
             load_models_from=settings.load_models_from,
             hf_token=token.get_secret_value() if token else None,
         )

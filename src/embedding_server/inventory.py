@@ -91,7 +91,12 @@ def verify_model(settings: Settings, name: str) -> int:
     Raises ModelError if either can't load the model.
     """
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
-    located = locate(parse_spec(name), models_dir=settings.load_models_from, token=token)
+    located = locate(
+        parse_spec(name),
+        models_dir=settings.load_models_from,
+        token=token,
+        onnx_file=settings.onnx_file,
+    )
     with Embedder.from_settings(name, settings) as embedder:
         result = verify_vectors(embedder, located.folder)
     print_verification(result)

@@ -19,6 +19,8 @@ __all__ = ["serve"]
 
 logger = logging.getLogger(__name__)
 
+_DRAIN_SECONDS = 30
+
 
 def serve(settings: Settings) -> int:
     """Serve until told to stop; the exit code is 1 if the models can't be served.
@@ -47,6 +49,8 @@ def serve(settings: Settings) -> int:
             server_header=False,
             date_header=True,
             timeout_keep_alive=75,
+            # A client that never ends its request must not keep the server from ending.
+            timeout_graceful_shutdown=_DRAIN_SECONDS,
         )
     )
     with listener:

@@ -219,6 +219,12 @@ def load_settings(flags: Mapping[str, object], config: Path | None = None) -> Se
     if config is not None and not config.is_file():
         raise ConfigurationError(f"The configuration file {config} does not exist.")
 
+    for name in unknown_variables():
+        if name.startswith(f"{ENV_PREFIX}API_KEY"):
+            # Others are told; a misspelt one of these would open the server to everyone.
+            raise ConfigurationError(
+                f"{name} is set, but there is no such setting; there is {ENV_PREFIX}API_KEY."
+            )
     if os.environ.get(f"{ENV_PREFIX}API_KEY") == "":
         # Other empty variables count as unset; this one would open the server to everyone.
         raise ConfigurationError(f"{ENV_PREFIX}API_KEY is empty; unset it to let everyone in.")
@@ -274,7 +280,7 @@ class Row:
     default: object
     help: str
     commands: tuple[str, ...]
-    kind: Literal["value", "list", "flag"]
+    kind: Literal["value", "list"]
     choices: tuple[str, ...] | None
 
     @property
@@ -303,7 +309,5 @@ def rows() -> Iterator[Row]:
         )
 
 
-def _kind(field: FieldInfo) -> Literal["value", "list", "flag"]:
-    if field.annotation is bool:
-        return "flag"
+def _kind(field: FieldInfo) -> Literal["value", "list"]:
     return "list" if get_origin(field.annotation) is tuple else "value"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -149,7 +150,8 @@ def _parquet(path: Path, dims: int) -> Iterator[Writer]:
 @contextmanager
 def _whole_file(path: Path) -> Iterator[BinaryIO]:
     """A stream that becomes ``path`` only if all goes well; else nothing is left of it."""
-    part = path.with_name(path.name + ".part")
+    # A name of our own, as two runs may write to the same place.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as stream:
             yield stream

@@ -16,6 +16,7 @@ from embedding_server.api.schemas import (
     EmbeddingsResponse,
     OpenAIEmbeddingsRequest,
     OpenAIEmbeddingsResponse,
+    Schema,
     parse,
 )
 from embedding_server.engine.engine import EmbedParams
@@ -26,6 +27,8 @@ from embedding_server.settings import Settings
 __all__ = ["router"]
 
 router = APIRouter(tags=["embeddings"])
+
+_INLINE_BYTES = 256 * 1024
 
 # Up to here an answer is serialised in well under a millisecond, in the event loop.
 _INLINE_VALUES = 32 * 1024
@@ -60,7 +63,7 @@ def _responses(schema: type[Any]) -> dict[int | str, dict[str, Any]]:
 async def embeddings(request: Request) -> Response:
     """Turns each input into one vector; the answer keeps their order."""
     settings: Settings = request.app.state.settings
-    query = parse(EmbeddingsRequest, await read_body(request, settings.max_body_bytes))
+    query = await _parse(EmbeddingsRequest, await read_body(request, settings.max_body_bytes))
     params = EmbedParams(
         dimensions=query.dimensions,
         input_type=query.input_type,
@@ -82,8 +85,15 @@ async def embeddings(request: Request) -> Response:
 async def openai_embeddings(request: Request) -> Response:
     """Takes and answers only what OpenAI documents."""
     settings: Settings = request.app.state.settings
-    query = parse(OpenAIEmbeddingsRequest, await read_body(request, settings.max_body_bytes))
+    query = await _parse(OpenAIEmbeddingsRequest, await read_body(request, settings.max_body_bytes))
     return await _answer(request, query, EmbedParams(dimensions=query.dimensions), openai=True)
+
+
+async def _parse(schema: type[Schema], body: bytes) -> Schema:
+    """Out of the event loop where it takes long; health must be answered meanwhile."""
+    if len(body) <= _INLINE_BYTES:
+        return parse(schema, body)
+    return await asyncio.to_thread(parse, schema, body)
 
 
 async def _answer(

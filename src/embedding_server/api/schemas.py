@@ -24,6 +24,7 @@ __all__ = [
     "OpenAIEmbeddingsResponse",
     "OpenAIModel",
     "OpenAIModels",
+    "Schema",
     "ServerStatus",
     "Usage",
     "parse",
@@ -45,8 +46,10 @@ def _inputs(value: object) -> Inputs:
     if not value:
         raise InvalidRequest("'input' is an empty list; send at least one text.", param="input")
     kind = type(value[0])
-    for index, item in enumerate(value):
-        if type(item) is not kind or kind not in (str, int, list):
+    if set(map(type, value)) != {kind} or kind not in (str, int, list):
+        for index, item in enumerate(value):
+            if type(item) is kind and kind in (str, int, list):
+                continue
             raise InvalidRequest(
                 f"is {_json_type(item)}; 'input' may hold strings, or token ids, or lists of token "
                 "ids, and nothing else beside them.",
@@ -60,7 +63,7 @@ def _inputs(value: object) -> Inputs:
     for index, ids in enumerate(value):
         if not ids:
             raise InvalidRequest("is an empty list.", param="input", index=index)
-        if any(type(token) is not int for token in ids):
+        if set(map(type, ids)) != {int}:
             raise InvalidRequest(
                 "must hold token ids (whole numbers) only.", param="input", index=index
             )

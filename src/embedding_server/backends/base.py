@@ -83,6 +83,8 @@ class Backend(Protocol):
     """Whether a batch costs its size times its longest sequence."""
     default_batch_tokens: int
     """The budget of a batch that this device computes best."""
+    vocab_size: int | None
+    """How many token ids it has vectors for; None: as many as config.json says."""
     tokenizer: OwnTokenizer | None
     """What texts must be tokenised with; None: what the model's files say."""
 

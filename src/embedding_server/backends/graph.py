@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,8 @@ class Graph:
 
     model: bytes
     arrays: dict[str, NDArray[np.float32]]
+    folder: Path
+    """Where the files lie that the graph names."""
 
 
 def build_graph(architecture: Architecture, weights: Weights) -> Graph:
@@ -95,6 +98,7 @@ class _Builder:
         self._initializers: dict[str, TensorProto] = {}
         self._arrays: dict[str, NDArray[np.float32]] = {}
         self._rotaries = rotaries(architecture)
+        self._folder = weights[f"{architecture.words}.weight"].file.parent
 
     def build(self) -> Graph:
         arch = self._arch
@@ -127,7 +131,7 @@ class _Builder:
             list(self._initializers.values()),
         )
         model = helper.make_model(graph, opset_imports=_OPSETS, ir_version=_IR_VERSION)
-        return Graph(model.SerializeToString(), self._arrays)
+        return Graph(model.SerializeToString(), self._arrays, self._folder)
 
     def _in_layer(self, number: int, name: str) -> str:
         return self._arch.layer.format(number) + name
@@ -435,7 +439,7 @@ class _Builder:
         """An initializer whose values the runtime maps from the model's own file."""
         self._check_shape(name, shape)
         tensor = self._weights[name]
-        if not tensor.is_float32:
+        if not tensor.is_float32 or tensor.file.parent != self._folder:
             return self._array(name, self._weights.array(name))
         return self._external(name, shape, tensor.file.name, tensor.offset, tensor.length)
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from embedding_server.backends.base import Module, Pipeline
 from embedding_server.backends.pooling import POOLINGS, pool
+from embedding_server.backends.weights import Weights
 from embedding_server.engine.batch import Batch
 from embedding_server.errors import ModelNotSupported
 
@@ -149,8 +150,6 @@ def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _load_dense(module: Module) -> _Dense:
-    from safetensors.numpy import load_file
-
     unknown = set(module.config) - _DENSE_KEYS
     residual = module.config.get("use_residual", False)
     rewired = [
@@ -164,9 +163,9 @@ def _load_dense(module: Module) -> _Dense:
     name = module.config.get("activation_function", "torch.nn.modules.activation.Tanh")
     if name not in DENSE_ACTIVATIONS:
         raise ModelNotSupported(f"{module.folder} has the activation {name!r}, not computed here.")
-    path = module.folder / "model.safetensors"
-    if not path.is_file():
-        raise ModelNotSupported(f"{module.folder} has no model.safetensors.")
-    tensors = {key: np.asarray(value, np.float32) for key, value in load_file(path).items()}
-    bias = tensors.get("linear.bias") if module.config.get("bias", True) else None
-    return _Dense(tensors["linear.weight"], bias, DENSE_ACTIVATIONS[name])
+    weights = Weights.open(module.folder)
+    weight = weights.array("linear.weight")
+    bias = weights.array("linear.bias") if module.config.get("bias", True) else None
+    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ModelNotSupported(f"The weights in {module.folder} have the wrong shape.")
+    return _Dense(weight, bias, DENSE_ACTIVATIONS[name])

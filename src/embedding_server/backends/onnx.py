@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Self
 
 import numpy as np
@@ -24,6 +24,7 @@ __all__ = ["OnnxFileBackend", "PackedBackend", "onnx_model_file"]
 _BATCH_TOKENS = 1024
 
 _MODEL_FILES = ("onnx/model.onnx", "model.onnx")
+_COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "mpnet", "camembert", "xlm-roberta-xl")
 _STATES = ("last_hidden_state", "token_embeddings")
 
 
@@ -31,6 +32,7 @@ class PackedBackend:
     """The graph that ``build_graph`` makes of config and weights."""
 
     padded = False
+    vocab_size = None
     tokenizer = None
     default_batch_tokens = _BATCH_TOKENS
 
@@ -50,7 +52,7 @@ class PackedBackend:
         graph = build_graph(architecture, Weights.open(pipeline.transformer))
         session_options = _session_options(options)
         session_options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(pipeline.transformer)
+            "session.model_external_initializers_file_folder_path", str(graph.folder)
         )
         session_options.add_external_initializers(
             list(graph.arrays),
@@ -68,6 +70,7 @@ class OnnxFileBackend:
     """A model's own .onnx file, as optimum or sentence-transformers export it; pads its batches."""
 
     padded = True
+    vocab_size = None
     tokenizer = None
     default_batch_tokens = _BATCH_TOKENS
 
@@ -93,6 +96,8 @@ class OnnxFileBackend:
         session = _session(str(file), _session_options(options))
         known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
         inputs = {value.name for value in session.get_inputs()}
+        if pipeline.config.get("model_type") in _COUNTED_FROM_PADDING:
+            known.remove("position_ids")  # which these count in their own way
         if unknown := inputs - known:
             raise ModelNotSupported(f"{file} wants inputs not known here: {', '.join(unknown)}.")
         outputs = {value.name: value.shape for value in session.get_outputs()}
@@ -123,9 +128,11 @@ def onnx_model_file(pipeline: Pipeline, name: str | None) -> Path:
     """The model's own .onnx file, or the one called ``name``; raises ModelNotSupported."""
     folder = pipeline.transformer
     for candidate in (name,) if name else _MODEL_FILES:
-        path = folder / candidate
-        if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
-            return path
+        relative = PurePath(candidate)
+        # By its name alone: in the hub's cache every file is a link to somewhere else.
+        inside = not relative.is_absolute() and ".." not in relative.parts
+        if inside and (folder / relative).is_file():
+            return folder / relative
     raise ModelNotSupported(f"{folder} has no {name or _MODEL_FILES[0]}.")
 
 

@@ -28,6 +28,7 @@ class StaticBackend:
         self._table = table
         self._projection = projection
         self.dims = projection.dims
+        self.vocab_size = len(table)
 
     @classmethod
     def load(cls, pipeline: Pipeline, options: BackendOptions) -> Self:

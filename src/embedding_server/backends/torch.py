@@ -20,6 +20,7 @@ class TorchBackend:
     """sentence-transformers without its tokenizer and without a final ``Normalize``."""
 
     padded = True
+    vocab_size = None
 
     def __init__(self, model: Any, pipeline: Pipeline) -> None:
         self._model = model
@@ -90,6 +91,12 @@ def load_sentence_transformer(folder: Path) -> Any:
         raise ModelNotSupported(
             f"sentence-transformers can't be used ({error}): pip install 'embedding-server[torch]'."
         ) from None
+    for pickle in folder.rglob("pytorch_model*.bin"):
+        if not any(pickle.parent.glob("*.safetensors")):
+            raise ModelNotSupported(
+                f"{pickle} is a pickle, which can run code and is never read: save the model as "
+                "safetensors."
+            )
     try:
         model = SentenceTransformer(
             str(folder),

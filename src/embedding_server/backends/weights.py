@@ -123,7 +123,8 @@ def _read(tensor: Tensor) -> NDArray[np.uint8]:
 def _files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        return [single]
+        # The hub's cache holds links; the runtime maps a file only from where it really lies.
+        return [single.resolve()]
     if not index.is_file():
         raise ModelNotSupported(f"{folder} has no model.safetensors.")
     try:
@@ -133,7 +134,7 @@ def _files(folder: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:
             raise ModelNotSupported(f"{index} names {name!r}, which is not a file beside it.")
-    return [folder / name for name in names]
+    return [(folder / name).resolve() for name in names]
 
 
 def _read_header(file: Path) -> dict[str, Tensor]:

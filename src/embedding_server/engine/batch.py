@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -68,9 +69,8 @@ class Batch:
         lengths = np.array([len(e.ids) for e in encodings], dtype=np.int64)
         cu_seqlens = np.zeros(len(encodings) + 1, dtype=np.int64)
         np.cumsum(lengths, out=cu_seqlens[1:])
-        input_ids = np.fromiter(
-            (token for e in encodings for token in e.ids), dtype=np.int64, count=int(cu_seqlens[-1])
-        )
+        tokens = itertools.chain.from_iterable(e.ids for e in encodings)
+        input_ids = np.fromiter(tokens, dtype=np.int64, count=int(cu_seqlens[-1]))
         prompt_lengths = np.array([e.prompt_tokens for e in encodings], dtype=np.int64)
         return cls(input_ids, cu_seqlens, prompt_lengths, int(lengths.max()))
 

@@ -28,6 +28,11 @@ logger = logging.getLogger(__name__)
 # Up to here tokenising takes about a millisecond, less than handing it to a thread and the
 # noise that adds; past it the event loop would be kept from other requests.
 _INLINE_CHARACTERS = 4096
+
+# Tokenising takes memory by the character, before tokens can be counted: some ten times what a
+# text of so many tokens has in most languages is enough for all.
+_CHARACTERS_PER_TOKEN = 10
+
 _INLINE_VALUES = 32 * 1024
 
 _PROMPT_SYNONYMS = {
@@ -233,14 +238,22 @@ class Engine:
         self, inputs: Sequence[Input], prompt: str, truncate: bool
     ) -> list[Encoding]:
         started = time.perf_counter()
+        # What has no length is no input, and for the tokenizer to refuse.
+        characters = sum(len(value) for value in inputs if isinstance(value, Sized))
+        characters += len(inputs) * len(prompt)
+        allowed = self._limits.max_request_tokens * _CHARACTERS_PER_TOKEN
+        if characters > allowed:
+            raise InvalidRequest(
+                f"The request has {characters} characters in {len(inputs)} inputs; at most "
+                f"{allowed} are taken at once. Send it in parts.",
+                param="input",
+                code="request_too_large",
+            )
 
         def work() -> list[Encoding]:
             return self._tokenizer.encode(inputs, prompt=prompt, truncate=truncate)
 
-        # What has no length is no input, and for the tokenizer to refuse.
-        size = sum(len(value) for value in inputs if isinstance(value, Sized))
-        size += len(inputs) * len(prompt)
-        encodings = work() if size <= _INLINE_CHARACTERS else await asyncio.to_thread(work)
+        encodings = work() if characters <= _INLINE_CHARACTERS else await asyncio.to_thread(work)
         self._metrics.tokenize_duration.observe(time.perf_counter() - started)
         tokens = sum(len(encoding.ids) for encoding in encodings)
         if tokens > self._limits.max_request_tokens:
@@ -341,7 +354,7 @@ class Engine:
             logger.error("%s gave vectors of shape %s", self.info.name, vectors.shape)
             self._fail(entries, "The model gave an answer of the wrong shape.")
             return
-        finite = [bool(np.isfinite(vector).all()) for vector in vectors]
+        finite = [bool(good) for good in np.asarray(np.isfinite(vectors).all(axis=1))]
         if not all(finite):
             self._metrics.failed_batches.inc()
             logger.error("%s gave values that are not finite", self.info.name)

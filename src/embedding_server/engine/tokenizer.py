@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import Self
+from collections.abc import Collection, Iterator, Sequence
 
 import tokenizers
-from tokenizers import models, normalizers
+from tokenizers import models
 
 from embedding_server.engine.batch import Encoding
 from embedding_server.errors import ContextLengthExceeded, InvalidRequest, ModelNotSupported
 
 __all__ = ["Input", "Tokenizer"]
 
+_PART_CHARACTERS = 256 * 1024
+
 Input = str | Sequence[int]
 """A text, or the model's own token ids without special tokens."""
 
+_NO_VECTOR = "holds a token that was added to the tokenizer and that the model has no vector for."
 _LONE_SURROGATE = "holds a lone surrogate, which is not valid Unicode text."
 
 
@@ -67,31 +68,6 @@ class Tokenizer:
                 f"A limit of {max_tokens} tokens leaves no room beside the model's special tokens."
             )
 
-    @classmethod
-    def from_file(
-        cls,
-        path: Path,
-        *,
-        max_tokens: int,
-        vocab_size: int | None = None,
-        lowercase: bool = False,
-        exclude_prompt: bool = False,
-    ) -> Self:
-        """Read a ``tokenizer.json``; raises ModelNotSupported if it can't be read."""
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ModelNotSupported(f"{path} can't be read as a tokenizer: {error}") from None
-        if lowercase:
-            own = [tokenizer.normalizer] if tokenizer.normalizer else []
-            tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
-        return cls(
-            tokenizer,
-            max_tokens=max_tokens,
-            vocab_size=vocab_size,
-            exclude_prompt=exclude_prompt,
-        )
-
     def encode(
         self, inputs: Sequence[Input], *, prompt: str = "", truncate: bool = True
     ) -> list[Encoding]:
@@ -112,31 +88,30 @@ class Tokenizer:
 
     def _encode_texts(self, inputs: Sequence[Input], prompt: str) -> list[list[int]]:
         texts = [prompt + _text(index, text) for index, text in enumerate(inputs)]
+        sequences: list[list[int]] = []
         try:
-            encoded = self._tokenizer.encode_batch_fast(
-                texts, add_special_tokens=self._add_special_tokens
-            )
+            for part in _parts(texts):
+                encoded = self._tokenizer.encode_batch_fast(
+                    part, add_special_tokens=self._add_special_tokens
+                )
+                sequences += [encoding.ids for encoding in encoded]
         except (TypeError, UnicodeEncodeError):
             bad = next((i for i, text in enumerate(texts) if not _is_unicode(text)), None)
             if bad is None:
                 raise
             raise InvalidRequest(_LONE_SURROGATE, param="input", index=bad) from None
-        sequences: list[list[int]] = [encoding.ids for encoding in encoded]
         if self._knows_more:
             for index, ids in enumerate(sequences):
                 if max(ids, default=0) >= self.vocab_size:
-                    raise InvalidRequest(
-                        "holds a token that was added to the tokenizer and that the model has no "
-                        "vector for.",
-                        param="input",
-                        index=index,
-                    )
+                    raise InvalidRequest(_NO_VECTOR, param="input", index=index)
         return sequences
 
     def _encode_ids(self, inputs: Sequence[Input], prompt: str) -> list[list[int]]:
         start = list(self._prefix)
         if prompt:
             start += self._tokenizer.encode(prompt, add_special_tokens=False).ids
+            if max(start, default=0) >= self.vocab_size:
+                raise InvalidRequest(f"'prompt' {_NO_VECTOR}", param="prompt")
         sequences = []
         for index, value in enumerate(inputs):
             ids = _token_ids(index, value)
@@ -161,6 +136,9 @@ class Tokenizer:
 
     def _fit(self, index: int, ids: list[int], truncate: bool, excluded: int) -> Encoding:
         total = len(ids)
+        if not total and self._add_special_tokens:
+            # A static model gives zeros; a transformer has nothing to begin with.
+            raise InvalidRequest("has no token; leave it out.", param="input", index=index)
         if total > self.max_tokens:
             if not truncate:
                 raise ContextLengthExceeded(
@@ -179,6 +157,20 @@ class Tokenizer:
         room = self.max_tokens - len(self._prefix) - len(self._suffix)
         kept = content[-room:] if self._keep_end else content[:room]
         return [*self._prefix, *kept, *self._suffix]
+
+
+def _parts(texts: list[str]) -> Iterator[list[str]]:
+    """Some texts at a time: an Encoding takes some hundred bytes a character while it lives."""
+    part: list[str] = []
+    characters = 0
+    for text in texts:
+        part.append(text)
+        characters += len(text)
+        if characters >= _PART_CHARACTERS:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
 
 
 def _special_tokens(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:

@@ -103,7 +103,9 @@ def _fetch(
     storage, commit = snapshot.parent.parent, snapshot.name
     for name in large:
         lfs = files[name].lfs
-        if lfs is not None and not (snapshot / name).is_file():
+        # The digest becomes a file's name, and so must be one.
+        known = lfs is not None and re.fullmatch("[0-9a-f]{64}", lfs.sha256) is not None
+        if lfs is not None and known and not (snapshot / name).is_file():
             url = hf_hub_url(repo, name, revision=commit, endpoint=endpoint)
             headers = {**build_hf_headers(token=token), "Accept-Encoding": "identity"}
             _fetch_large(url, headers, storage, lfs.sha256, lfs.size, name=name)

@@ -102,8 +102,13 @@ def verify(located: LocatedModel, spec: ModelSpec) -> None:
     """
     file = located.folder / "model.safetensors"
     # A packaged model was taken only because its digest is right.
-    if spec.sha256 is None or located.origin == "package" or not file.is_file():
+    if spec.sha256 is None or located.origin == "package":
         return
+    if not file.is_file():
+        raise ModelUnavailable(
+            f"{located.folder} has no model.safetensors, which {spec.title} should have with the "
+            f"sha256 {spec.sha256}; to fix it, delete it and get the model again"
+        )
     try:
         found = sha256_of(file)
     except OSError as error:

@@ -24,12 +24,11 @@ _TRANSFORMER_CONFIGS = (
 )
 """Where sentence-transformers looks for its own settings of the transformer, in its order."""
 
-_TRANSFORMER_KEYS = {"max_seq_length", "do_lower_case"}
+_TRANSFORMER_KEYS = {"max_seq_length", "do_lower_case", "unpad_inputs"}
 _TRANSFORMER_VALUES: Mapping[str, Any] = {
     "transformer_task": "feature-extraction",
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
     "module_output_name": "token_embeddings",
-    "unpad_inputs": False,
 }
 """What sentence-transformers 6 also writes; other values ask for something else than text."""
 _MODEL_KEYS = {
@@ -61,8 +60,8 @@ class Layout:
     default_prompt: str | None
 
 
-def read_layout(folder: Path) -> Layout:
-    """Read ``folder``.
+def read_layout(folder: Path, *, own_tokenizer: bool = False) -> Layout:
+    """Read ``folder``; with ``own_tokenizer`` its backend brings the tokenizer along.
 
     Raises ModelNotSupported, naming file and key, for what no backend can do exactly.
     """
@@ -75,7 +74,7 @@ def read_layout(folder: Path) -> Layout:
         )
     static = first.kind == "StaticEmbedding"
     home = first.folder
-    if not (home / "tokenizer.json").is_file():
+    if not own_tokenizer and not (home / "tokenizer.json").is_file():
         raise ModelNotSupported(
             f"{home} has no tokenizer.json. Save it with a fast tokenizer: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."

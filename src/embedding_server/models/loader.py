@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,9 +56,7 @@ def load_engine(
     Raises ModelNotSupported, saying what in the folder is to blame, if no backend that was
     asked for computes the model exactly.
     """
-    layout = read_layout(located.folder)
-    name, why, backend = _load_backend(layout.pipeline, options)
-    tokenizer = _load_tokenizer(layout, backend)
+    name, why, layout, backend, tokenizer = _load(located.folder, options)
     row = _catalog_row(spec, located)
     weights = _weights_file(layout.pipeline, name, options)
     # `verify` has held it against the file already.
@@ -72,7 +70,7 @@ def load_engine(
         max_tokens=tokenizer.max_tokens,
         pooling=_pooling(layout.pipeline),
         dimensions=_dimensions(spec.served_name, backend.dims, options, row),
-        prompts={**(row.prompts if row else {}), **layout.prompts},
+        prompts=_prompts(layout, row),
         default_prompt=layout.default_prompt,
         layer_norm=row is not None and row.layer_norm,
         backend=name,
@@ -103,24 +101,30 @@ def load_engine(
     )
 
 
-def _load_backend(pipeline: Pipeline, options: LoadOptions) -> tuple[str, str, Backend]:
-    """The first backend that takes the model: its name, why it was taken, and itself."""
-    refusals: list[str] = []
+def _load(folder: Path, options: LoadOptions) -> tuple[str, str, Layout, Backend, Tokenizer]:
+    """The first backend that takes the model: its name, why it was taken, and what it needs."""
+    refusals: dict[str, list[str]] = {}
     backend_options = BackendOptions(threads=options.threads, onnx_file=options.onnx_file)
-    for name, why in _candidates(pipeline, options):
+    for name, why in _candidates(folder, options):
         try:
-            backend = backend_class(name).load(pipeline, backend_options)
+            layout = read_layout(folder, own_tokenizer=name == "torch")
+            backend = backend_class(name).load(layout.pipeline, backend_options)
+            tokenizer = _load_tokenizer(layout, backend, any_family=name == "onnx-file")
         except ModelNotSupported as refusal:
-            refusals.append(f"{name}: {refusal}")
+            refusals.setdefault(str(refusal), []).append(name)
             continue
         if refusals:
-            why = "; ".join([why, *refusals])
-            logger.info("%s runs on %s: %s", pipeline.folder, name, why)
-        return name, why, backend
-    raise ModelNotSupported("; ".join(refusals))
+            why = "; ".join([why, *_told(refusals)])
+            logger.info("%s runs on %s: %s", folder, name, why)
+        return name, why, layout, backend, tokenizer
+    raise ModelNotSupported("; ".join(_told(refusals)))
 
 
-def _candidates(pipeline: Pipeline, options: LoadOptions) -> Iterator[tuple[str, str]]:
+def _told(refusals: Mapping[str, Sequence[str]]) -> list[str]:
+    return [f"{', '.join(names)}: {reason}" for reason, names in refusals.items()]
+
+
+def _candidates(folder: Path, options: LoadOptions) -> Iterator[tuple[str, str]]:
     """Backends in the order to try, each with the reason for its place."""
     if options.onnx_file is not None:
         yield "onnx-file", "--onnx-file asks for it"
@@ -131,13 +135,18 @@ def _candidates(pipeline: Pipeline, options: LoadOptions) -> Iterator[tuple[str,
     torch_too = options.backend == "auto" and _torch_installed()
     if torch_too and _gpu_usable():
         yield "torch", "a GPU is there"
-    if pipeline.body == "StaticEmbedding":
+    if _is_static(folder):
         yield "static", "its vectors need no graph"
     else:
         yield "onnx", "its graph is built here"
         yield "onnx-file", "it brings its own graph"
     if torch_too:
         yield "torch", "nothing lighter computes it"
+
+
+def _is_static(folder: Path) -> bool:
+    modules = folder / "modules.json"
+    return modules.is_file() and b".StaticEmbedding" in modules.read_bytes()
 
 
 def _torch_installed() -> bool:
@@ -156,10 +165,10 @@ def _gpu_usable() -> bool:
     return torch.cuda.is_available()
 
 
-def _load_tokenizer(layout: Layout, backend: Backend) -> Tokenizer:
+def _load_tokenizer(layout: Layout, backend: Backend, *, any_family: bool) -> Tokenizer:
     home, config = layout.pipeline.transformer, layout.pipeline.config
     if layout.max_tokens is None:
-        return load_static_tokenizer(home / "tokenizer.json")
+        return load_static_tokenizer(home / "tokenizer.json", vocab_size=backend.vocab_size)
     if backend.tokenizer is not None:
         return Tokenizer(
             backend.tokenizer.backend,
@@ -175,6 +184,7 @@ def _load_tokenizer(layout: Layout, backend: Backend) -> Tokenizer:
         max_tokens=layout.max_tokens,
         lowercase=layout.lowercase,
         exclude_prompt=layout.exclude_prompt,
+        any_family=any_family,
     )
 
 
@@ -203,12 +213,21 @@ def _pooling(pipeline: Pipeline) -> str:
     return "+".join(pooling_modes(poolings[0])) if poolings else "none"
 
 
+def _prompts(layout: Layout, row: CatalogModel | None) -> Mapping[str, str]:
+    """The folder's prompts over the catalog's; sentence-transformers saves empty ones for none."""
+    if row is None or not row.prompts:
+        return layout.prompts
+    return {**row.prompts, **{name: text for name, text in layout.prompts.items() if text}}
+
+
 def _dimensions(
     name: str, dims: int, options: LoadOptions, row: CatalogModel | None
 ) -> tuple[int, ...] | None:
-    sizes = options.matryoshka.get(name) or (row.dimensions if row else None)
-    if sizes and sizes[-1] > dims:
+    sizes = options.matryoshka.get(name)
+    if sizes is not None and sizes[-1] > dims:
         raise ConfigurationError(
             f"The Matryoshka size {sizes[-1]} of {name} is over the model's {dims} dimensions."
         )
+    if sizes is None and row is not None and row.dimensions is not None:
+        sizes = (*(size for size in row.dimensions if size < dims), dims)
     return sizes

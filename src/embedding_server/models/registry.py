@@ -61,6 +61,11 @@ class Registry:
                     raise
                 logger.warning("%s is not served. %s", spec.served_name, error)
                 continue
+            except Exception:
+                if spec.requested:
+                    raise
+                logger.exception("%s is not served", spec.served_name)
+                continue
             engine.start()
             self._engines[spec.served_name] = engine
         if not self._engines:
@@ -75,7 +80,8 @@ class Registry:
             token=self._hf_token,
             onnx_file=self._options.onnx_file,
         )
-        verify(located, spec)
+        if self._options.onnx_file is None:  # the digest is of the file that it replaces
+            verify(located, spec)
         engine = load_engine(
             spec, located, self._options, executor=self._executor, telemetry=self._telemetry
         )
@@ -89,7 +95,8 @@ class Registry:
     async def close(self) -> None:
         """Stop every engine; what still waits fails with NotReady."""
         await asyncio.gather(*(engine.close() for engine in self._engines.values()))
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        # A batch under way is waited for, but not by the event loop.
+        await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
 
     @property
     def ready(self) -> bool:
@@ -107,15 +114,20 @@ class Registry:
         return states
 
     def __getitem__(self, name: str) -> Engine:
-        """The engine of the served model ``name``; raises ModelNotFound or NotReady."""
+        """The engine of the served model ``name``, as soon as it is loaded.
+
+        Raises NotReady while it may still come, ModelNotFound for any other name.
+        """
+        engine = self._engines.get(name)
+        if engine is not None:
+            return engine
+        if not self._loaded and name in (spec.served_name for spec in self._specs):
+            raise NotReady(f"The server is starting: the model {name!r} is being loaded.")
         self._check_loaded()
-        try:
-            return self._engines[name]
-        except KeyError:
-            served = ", ".join(self._engines)
-            raise ModelNotFound(
-                f"The model {name[:100]!r} is not served here; there are: {served}.", param="model"
-            ) from None
+        served = ", ".join(self._engines)
+        raise ModelNotFound(
+            f"The model {name[:100]!r} is not served here; there are: {served}.", param="model"
+        )
 
     def __iter__(self) -> Iterator[Engine]:
         """The engines in the order of ``/v1/models``; raises NotReady while loading."""

@@ -43,14 +43,16 @@ def load_tokenizer(
     max_tokens: int,
     lowercase: bool = False,
     exclude_prompt: bool = False,
+    any_family: bool = False,
 ) -> Tokenizer:
     """The tokenizer in a transformer's ``folder``, whose ``config.json`` is ``config``.
 
+    With ``any_family`` the tokenizer.json of a family that isn't known is taken as it stands.
     ``lowercase`` is sentence_bert_config.json's ``do_lower_case``. Raises ModelNotSupported,
     naming file and value, for what can't be done exactly.
     """
     files = read_tokenizer_files(folder)
-    name = _class_name(files, config)
+    name = _class_name(files, config, any_family)
     row = TOKENIZER_CLASSES[name]
     special = {**row.special, **files.special_tokens()}
     if row.build is None:
@@ -85,7 +87,7 @@ def load_tokenizer(
     )
 
 
-def load_static_tokenizer(path: Path) -> Tokenizer:
+def load_static_tokenizer(path: Path, *, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer.json at ``path`` as sentence-transformers' ``StaticEmbedding`` takes it.
 
     That is: without special tokens, and cut where the file says so. Raises ModelNotSupported if
@@ -98,6 +100,7 @@ def load_static_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(
         backend,
         max_tokens=limit["max_length"],
+        vocab_size=vocab_size,
         add_special_tokens=False,
         keep_end=limit.get("direction") == "left",
     )
@@ -283,12 +286,14 @@ _CLASS_IS_FIXED = ("modernbert", "qwen2")
 """Whatever the repository names (``MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS``)."""
 
 
-def _class_name(files: TokenizerFiles, config: Mapping[str, Any]) -> str:
+def _class_name(files: TokenizerFiles, config: Mapping[str, Any], any_family: bool) -> str:
     config_path = files.path.with_name("config.json")
     if config.get("processor_class"):
         raise ModelNotSupported(f"{config_path}: inputs other than text are not supported.")
     model_type = config.get("model_type")
     usual = _CLASS_OF_MODEL.get(str(model_type))
+    if usual is None and any_family:
+        return "TokenizersBackend"
     if usual is None:
         raise ModelNotSupported(
             f"{config_path}: the tokenizers of model_type {model_type!r} are not known here; "

@@ -529,3 +529,19 @@ def faulty(tiny_model: Path) -> Iterator[httpx.Client]:
         server.app.state.registry = None
         server.app.state.telemetry = None
         yield client
+
+
+def test_a_loaded_model_answers_while_another_is_on_its_way(
+    blocked: type[Blocked], tiny_model: Path, tmp_path: Path
+) -> None:
+    blocked.reset(load=False)
+    static = tiny_models.make_static(tmp_path / "static").folder
+    with (
+        serving(wait=False, model=(str(static), str(tiny_model)), backend="onnx") as server,
+        httpx.Client(base_url=server.url) as client,
+    ):
+        until(lambda: embed(client, "river", "static").status_code == 200)
+        assert "'tiny' is being loaded" in error_of(embed(client, "river", "tiny"), 503)["message"]
+        assert "static is ready, tiny is loading" in error_of(client.get("/health"), 503)["message"]
+        blocked.release()
+        until(lambda: embed(client, "river", "tiny").status_code == 200)

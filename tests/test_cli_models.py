@@ -273,3 +273,13 @@ def test_ctrl_c_does_not_wait_for_a_download(
             process.kill()
     assert code == (130 if command == ["embed"] else 0)
     assert b"Traceback" not in log.read_bytes()
+
+
+def test_sizes_for_a_model_that_is_not_served() -> None:
+    for command in (
+        ("serve", "--model", "all-MiniLM-L6-v2"),
+        ("models", "info", "all-MiniLM-L6-v2"),
+    ):
+        done = run_cli(*command, "--matryoshka", "all-MiniLM-L6=64,128")
+        assert done.returncode == 1
+        assert b"--matryoshka names all-MiniLM-L6" in done.stderr

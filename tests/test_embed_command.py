@@ -446,3 +446,26 @@ def test_the_progress_bar_is_for_terminals_only(model: str) -> None:
     assert b"5 texts" in shown
     assert b"texts/s" in shown
     assert b"texts/s" not in embed(model, stdin=lines(*TEXTS)).stderr
+
+
+def test_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    """Long before the chunks that were read ahead would be done."""
+    many = tmp_path / "many.txt"
+    many.write_text(("a sentence that is not short at all " * 20 + "\n") * 5000)
+    command = [
+        sys.executable,
+        "-m",
+        "embedding_server.cli",
+        "embed",
+        "--model",
+        "all-MiniLM-L6-v2",
+        str(many),
+    ]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    process.stdout.readline()  # it is at work
+    process.send_signal(signal.SIGINT)
+    process.stdout.close()
+    assert process.wait(15) in (130, -signal.SIGINT)

@@ -20,12 +20,12 @@ class TorchBackend:
     """sentence-transformers without its tokenizer and without a final ``Normalize``."""
 
     padded = True
-    vocab_size = None
 
     def __init__(self, model: Any, pipeline: Pipeline) -> None:
         self._model = model
         self._pad_token_id = pipeline.pad_token_id
         self._static = pipeline.body == "StaticEmbedding"
+        self.vocab_size = int(model[0].num_embeddings) if self._static else None
         self.tokenizer = None if self._static else _own_tokenizer(model.tokenizer)
         self.dims = int(model.get_embedding_dimension())
         # A GPU fills up at thousands of tokens; a CPU gains nothing past a few hundred.

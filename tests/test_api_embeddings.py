@@ -636,3 +636,10 @@ def test_an_id_never_becomes_another_header(server: LiveServer, value: bytes) ->
     error_of(response, 400)
     assert "set-cookie" not in response.headers
     assert re.fullmatch(r"[0-9a-f]{32}", response.headers["x-request-id"])
+
+
+def test_an_unknown_field_is_named_before_a_missing_one(client: httpx.Client) -> None:
+    answer = client.post("/v1/embeddings", json={"model": MODEL, "inputs": "a"})
+    error = error_of(answer, 400)
+    assert (error["param"], error["code"]) == ("inputs", "unknown_field")
+    assert "input" in error["message"]

@@ -545,3 +545,19 @@ def test_a_loaded_model_answers_while_another_is_on_its_way(
         assert "static is ready, tiny is loading" in error_of(client.get("/health"), 503)["message"]
         blocked.release()
         until(lambda: embed(client, "river", "tiny").status_code == 200)
+
+
+def test_a_client_that_hangs_up_frees_its_work(blocked: type[Blocked], tiny_model: Path) -> None:
+    blocked.reset(load=True)
+    body = {"model": "tiny", "input": ["river"] * 2000}
+    with (
+        serving(model=(str(tiny_model),), backend="onnx") as server,
+        httpx.Client(base_url=server.url) as client,
+    ):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=0.5)
+        until(lambda: 'queue_tokens{model="tiny"} 0.0' in client.get("/metrics").text)
+        assert 'queue_requests{model="tiny"} 0.0' in client.get("/metrics").text
+        blocked.release()
+        assert embed(client, "river", "tiny").status_code == 200
+        until(lambda: 'status="499"' in client.get("/metrics").text)

@@ -88,6 +88,7 @@ def test_list_as_json(offline: Mapping[str, str]) -> None:
         "origin": "package",
         "folder": str(minilm_folder()),
         "bytes": sum(map(len, files_of(minilm_folder()).values())),
+        "problem": None,
     }
     assert (rows[1]["origin"], rows[1]["folder"], rows[1]["bytes"]) == (None, None, None)
     assert rows[1]["revision"] == "02d96723811f4bb77a80857da07eda78c1549a4d"
@@ -283,3 +284,15 @@ def test_sizes_for_a_model_that_is_not_served() -> None:
         done = run_cli(*command, "--matryoshka", "all-MiniLM-L6=64,128")
         assert done.returncode == 1
         assert b"--matryoshka names all-MiniLM-L6" in done.stderr
+
+
+def test_a_folder_of_models_that_does_not_exist() -> None:
+    done = run_cli("models", "list", "--load-models-from", "/no/such/folder")
+    assert done.returncode == 1
+    assert b"there is no folder /no/such/folder" in done.stderr
+
+
+def test_list_tells_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
+    done = run_cli("models", "list", "--model", str(tmp_path))
+    assert done.returncode == 0
+    assert b"neither config.json nor modules.json" in done.stdout

@@ -188,3 +188,12 @@ def test_a_text_without_a_token_fails_alone(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match=r"input\[1\] has no token") as caught:
             embedder.embed_detailed(["one", ""], EmbedParams())
     assert caught.value.index == 1
+
+
+def test_an_incomplete_copy(tmp_path: Path) -> None:
+    """Without the pooling's config one would have to guess, and get other vectors."""
+    folder = make_bert(tmp_path / "bert", pooling="cls").folder
+    (folder / "1_Pooling" / "config.json").unlink()
+    for backend in ("auto", "onnx", "torch"):
+        with pytest.raises(ModelNotSupported, match=r"1_Pooling/config\.json is missing"):
+            Embedder(str(folder), backend=backend)

@@ -63,8 +63,8 @@ def test_info_tells_why_another_backend_was_taken(tmp_path: Path) -> None:
 
 
 def test_unknown_model() -> None:
-    for action in ("info", "verify"):
+    for action, code in (("info", 1), ("verify", 2)):
         done = run_cli("models", action, "nothing-like-it")
-        assert done.returncode == 1
+        assert done.returncode == code
         assert b"nothing-like-it" in done.stderr
         assert b"Traceback" not in done.stderr

@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         (
             "verify",
             "compare a model's vectors with sentence-transformers' own (needs the extra [torch]); "
-            "exits with 1 past an error of 1e-5",
+            "exits with 1 past an error of 1e-5, with 2 if they can't be compared",
         ),
     ):
         single = actions.add_parser(

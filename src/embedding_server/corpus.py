@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _CHUNK_TEXTS = 256
 _CHUNK_CHARACTERS = 256 * 1024
+_JSON_LINES = (".jsonl", ".ndjson")
 _CHUNKS_AHEAD = 3
 
 
@@ -78,6 +79,8 @@ def embed_corpus(settings: Settings, options: CorpusOptions) -> int:
     if len(settings.model) != 1:
         raise ConfigurationError("embed needs exactly one --model, as --model all-MiniLM-L6-v2.")
     _check_readable(options.files)
+    if options.field is None and any(Path(file).suffix in _JSON_LINES for file in options.files):
+        logger.warning("every line is embedded as it stands; --field NAME takes it as JSON")
     open_writer = writer_for(options.output)
     with Embedder.from_settings(settings.model[0], settings) as embedder:
         try:

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 from embedding_server.embedder import Embedder
-from embedding_server.errors import ModelUnavailable
+from embedding_server.errors import EmbeddingServerError, ModelUnavailable
 from embedding_server.models.catalog import DEFAULT_MODELS
 from embedding_server.models.hub import locate
 from embedding_server.models.pull import pull
 from embedding_server.models.spec import ModelSpec, parse_spec
 from embedding_server.settings import Settings
-from embedding_server.verify import print_verification, verify_vectors
+from embedding_server.verify import Verification, print_verification, verify_vectors
 
 __all__ = ["list_models", "pull_models", "show_model", "verify_model"]
 
@@ -34,7 +34,7 @@ def list_models(settings: Settings, *, as_json: bool) -> int:
             str(row["name"]),
             str(row["origin"] or "-"),
             _megabytes(row["bytes"]),
-            str(row["folder"] or f"to be downloaded from {row['repo']}"),
+            str(row["folder"] or row["problem"] or f"to be downloaded from {row['repo']}"),
         )
         for row in rows
     ]
@@ -86,10 +86,20 @@ def show_model(settings: Settings, name: str) -> int:
 
 
 def verify_model(settings: Settings, name: str) -> int:
-    """Compare ``name`` with sentence-transformers and print the result; returns 1 if not exact.
+    """Compare ``name`` with sentence-transformers and print the result.
 
-    Raises ModelError if either can't load the model.
+    Returns 0 if it is exact, 1 if not, and 2 if the two could not be compared.
     """
+    try:
+        result = _verified(settings, name)
+    except EmbeddingServerError as error:
+        sys.stderr.write(f"embedding-server: {error}\n")
+        return 2
+    print_verification(result)
+    return 0 if result.exact else 1
+
+
+def _verified(settings: Settings, name: str) -> Verification:
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     located = locate(
         parse_spec(name),
@@ -98,23 +108,23 @@ def verify_model(settings: Settings, name: str) -> int:
         onnx_file=settings.onnx_file,
     )
     with Embedder.from_settings(name, settings) as embedder:
-        result = verify_vectors(embedder, located.folder)
-    print_verification(result)
-    return 0 if result.exact else 1
+        return verify_vectors(embedder, located.folder)
 
 
 def _row(spec: ModelSpec, models_dir: Path | None) -> dict[str, object]:
     row: dict[str, object] = {"name": spec.name, "repo": spec.repo, "revision": spec.revision}
     try:
         located = locate(spec, models_dir=models_dir, download=False)
-    except ModelUnavailable:
-        return row | {"origin": None, "folder": None, "bytes": None}
+    except ModelUnavailable as error:
+        problem = None if spec.repo else str(error)
+        return row | {"origin": None, "folder": None, "bytes": None, "problem": problem}
     files = (path for path in located.folder.rglob("*") if path.is_file())
     return row | {
         "revision": located.revision,
         "origin": located.origin,
         "folder": str(located.folder),
         "bytes": sum(path.stat().st_size for path in files),
+        "problem": None,
     }
 
 

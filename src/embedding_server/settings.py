@@ -233,11 +233,15 @@ def load_settings(flags: Mapping[str, object], config: Path | None = None) -> Se
         model_config = SettingsConfigDict(toml_file=config)
 
     try:
-        return Source(**dict(flags))  # type: ignore[arg-type]
+        settings = Source(**dict(flags))  # type: ignore[arg-type]
     except ValidationError as error:
-        raise ConfigurationError(_explain(error)) from None
+        raise ConfigurationError(_explain(error, config)) from None
     except ValueError as error:  # a TOML file that doesn't parse
         raise ConfigurationError(f"{config}: {error}") from None
+    folder = settings.load_models_from
+    if folder is not None and not folder.is_dir():
+        raise ConfigurationError(f"--load-models-from: there is no folder {folder}.")
+    return settings
 
 
 def unknown_variables() -> list[str]:
@@ -257,13 +261,14 @@ def _config_from_environment() -> Path | None:
     return Path(value) if value else None
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, config: Path | None) -> str:
     parts = []
     for problem in error.errors(include_url=False, include_input=False):
         name = str(problem["loc"][0]) if problem["loc"] else None
         message = str(problem["msg"]).removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = "there is no such setting"
+        if problem["type"] == "extra_forbidden":  # flags and variables can't be unknown here
+            parts.append(f"{config}: there is no setting {name!r}")
+            continue
         if name is None:
             parts.append(message)
         else:

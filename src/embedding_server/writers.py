@@ -166,6 +166,7 @@ def _import_pyarrow() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError:
         raise ConfigurationError(
-            "Parquet needs the extra [parquet]: pip install 'embedding-server[parquet]'."
+            "Parquet needs the extra [parquet]; install it in a checkout with "
+            "scripts/install '[parquet]'."
         ) from None
     return pyarrow, pyarrow.parquet

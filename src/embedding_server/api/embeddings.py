@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
+from starlette.requests import ClientDisconnect
 
 from embedding_server.api.body import read_body
 from embedding_server.api.documentation import errors, json_body
@@ -25,6 +27,8 @@ from embedding_server.models.registry import Registry
 from embedding_server.settings import Settings
 
 __all__ = ["router"]
+
+Result = TypeVar("Result")
 
 router = APIRouter(tags=["embeddings"])
 
@@ -96,6 +100,28 @@ async def _parse(schema: type[Schema], body: bytes) -> Schema:
     return await asyncio.to_thread(parse, schema, body)
 
 
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of ``work``, which is cancelled when the client hangs up.
+
+    Raises ClientDisconnect then. ASGI servers tell a hang-up only to those who wait for it.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 async def _answer(
     request: Request, query: OpenAIEmbeddingsRequest, params: EmbedParams, *, openai: bool
 ) -> Response:
@@ -111,7 +137,7 @@ async def _answer(
             "taken in one request. Send them in parts.",
             param="input",
         )
-    result = await engine.embed(query.input, params)
+    result = await _unless_gone(request, engine.embed(query.input, params))
     record.tokens, record.truncated = result.tokens, result.truncated
 
     def encode() -> bytes:

@@ -81,7 +81,8 @@ def _json_type(value: object) -> str:
 _INPUT_SCHEMA = {
     "title": "Input",
     "description": "What to embed: one text, several, or the model's own token ids without "
-    "special tokens.",
+    "special tokens. Ids of another tokenizer give a wrong vector: LangChain's OpenAIEmbeddings "
+    "sends such ids unless check_embedding_ctx_length=False.",
     "oneOf": [
         {"type": "string"},
         {"type": "array", "items": {"type": "string"}, "minItems": 1},
@@ -257,7 +258,10 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
 
 
 def _explain(schema: type[_Request], error: ValidationError) -> InvalidRequest:
-    problem = error.errors(include_url=False, include_context=False)[0]
+    problems = error.errors(include_url=False, include_context=False)
+    # An unknown field first: it is often what a missing one was meant to be.
+    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+    problem = (unknown or problems)[0]
     field = str(problem["loc"][0])[:100]  # an unknown one may be as long as the body
     if problem["type"] == "extra_forbidden":
         known = ", ".join(schema.model_fields)

@@ -89,7 +89,8 @@ def load_sentence_transformer(folder: Path) -> Any:
         from sentence_transformers.base.modules import Normalize
     except ImportError as error:
         raise ModelNotSupported(
-            f"sentence-transformers can't be used ({error}): pip install 'embedding-server[torch]'."
+            f"sentence-transformers can't be used ({error}): install the extra [torch], in a "
+            "checkout with scripts/install '[torch]'."
         ) from None
     for pickle in folder.rglob("pytorch_model*.bin"):
         if not any(pickle.parent.glob("*.safetensors")):

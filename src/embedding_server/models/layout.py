@@ -107,6 +107,8 @@ def _read_modules(folder: Path) -> list[Module]:
         kind = str(entry.get("type", "")).rpartition(".")[2]
         where = _inside(folder, str(entry.get("path", "")), path)
         has_config = where != folder and (where / "config.json").is_file()
+        if kind in ("Pooling", "Dense") and not has_config:
+            raise ModelNotSupported(f"{where / 'config.json'} is missing: the copy is incomplete.")
         found.append(Module(kind, where, _read_object(where / "config.json") if has_config else {}))
     return found
 

@@ -117,7 +117,7 @@ def _load(folder: Path, options: LoadOptions) -> tuple[str, str, Layout, Backend
             why = "; ".join([why, *_told(refusals)])
             logger.info("%s runs on %s: %s", folder, name, why)
         return name, why, layout, backend, tokenizer
-    raise ModelNotSupported("; ".join(_told(refusals)))
+    raise ModelNotSupported("; ".join(refusals if len(refusals) == 1 else _told(refusals)))
 
 
 def _told(refusals: Mapping[str, Sequence[str]]) -> list[str]:
@@ -139,7 +139,8 @@ def _candidates(folder: Path, options: LoadOptions) -> Iterator[tuple[str, str]]
         yield "static", "its vectors need no graph"
     else:
         yield "onnx", "its graph is built here"
-        yield "onnx-file", "it brings its own graph"
+        if any(folder.glob("**/model.onnx")):
+            yield "onnx-file", "it brings its own graph"
     if torch_too:
         yield "torch", "nothing lighter computes it"
 

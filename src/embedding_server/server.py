@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 from types import FrameType
@@ -12,6 +13,7 @@ import uvicorn
 
 from embedding_server.app import create_app
 from embedding_server.errors import ConfigurationError
+from embedding_server.models.registry import Registry
 from embedding_server.protocol import HttpProtocol
 from embedding_server.settings import Settings
 
@@ -57,9 +59,14 @@ def serve(settings: Settings) -> int:
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         logger.info("listening on http://%s:%d (API: /docs)", host, port)
-        # uvicorn has finished its requests when it raises this again.
-        with contextlib.suppress(KeyboardInterrupt):
+        # uvicorn has finished its requests when it raises the signal again.
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
             server.run(sockets=[listener])
+    registry: Registry = app.state.registry
+    if registry.loading:
+        # Its thread is in the middle of native code, which the interpreter's end would abort.
+        logging.shutdown()
+        os._exit(0)
     for error in load_errors:
         raise error
     return 0

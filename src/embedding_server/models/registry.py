@@ -45,6 +45,7 @@ class Registry:
         self._hf_token = hf_token
         self._engines: dict[str, Engine] = {}
         self._loaded = False
+        self._threads_loading = 0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="inference")
 
     async def load(self) -> None:
@@ -73,6 +74,13 @@ class Registry:
         self._loaded = True
 
     def _load_one(self, spec: ModelSpec) -> Engine:
+        self._threads_loading += 1
+        try:
+            return self._load_now(spec)
+        finally:
+            self._threads_loading -= 1
+
+    def _load_now(self, spec: ModelSpec) -> Engine:
         started = time.perf_counter()
         located = locate(
             spec,
@@ -97,6 +105,11 @@ class Registry:
         await asyncio.gather(*(engine.close() for engine in self._engines.values()))
         # A batch under way is waited for, but not by the event loop.
         await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
+
+    @property
+    def loading(self) -> bool:
+        """Whether a thread is loading a model, be it for nobody any more."""
+        return self._threads_loading > 0
 
     @property
     def ready(self) -> bool:

@@ -279,3 +279,17 @@ def test_load_models_from(folder: Path, tmp_path: Path) -> None:
     # Another file than the catalog's digest says is never taken for the catalog's model.
     with pytest.raises(ModelUnavailable, match="sha256"):
         Embedder("all-MiniLM-L6-v2", load_models_from=tmp_path)
+
+
+def test_forgotten_ones_end_in_silence(tmp_path: Path) -> None:
+    """A script that never closes its embedders ends without a word on stderr."""
+    folder = tiny.make_bert(tmp_path / "bert").folder
+    code = (
+        "from embedding_server import Embedder\n"
+        f"made = [Embedder({str(folder)!r}) for _ in range(3)]\n"
+        "print(len([one.embed(['river']) for one in made]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"3\n", b"")

@@ -154,6 +154,7 @@ def test_python_examples(code: str, checkout: Path, port: int) -> None:
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     numbers = [float(number) for number in re.findall(r"[\d.]+", done.stdout)]
     if "openai" in code:
         assert numbers == [384]

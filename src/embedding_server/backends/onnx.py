@@ -21,7 +21,7 @@ from embedding_server.errors import ModelNotSupported
 __all__ = ["OnnxFileBackend", "PackedBackend", "onnx_model_file"]
 
 # The linear layers reach their ceiling at a few hundred tokens; more only adds latency.
-_BATCH_TOKENS = 1024
+_BATCH_TOKENS = 512
 
 _MODEL_FILES = ("onnx/model.onnx", "model.onnx")
 _COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "mpnet", "camembert", "xlm-roberta-xl")

@@ -103,8 +103,9 @@ class Registry:
     async def close(self) -> None:
         """Stop every engine; what still waits fails with NotReady."""
         await asyncio.gather(*(engine.close() for engine in self._engines.values()))
-        # A batch under way is waited for, but not by the event loop.
-        await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
+        # Waits for a batch under way. Not in a thread: at the interpreter's end, when a forgotten
+        # Embedder is closed, no thread can be had.
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
     @property
     def loading(self) -> bool:

@@ -44,6 +44,9 @@ def put_in_cache(folder: Path, cache: Path, repo: str, commit: str = COMMIT) -> 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    # It reads the environment once, at its import, and other tests must not find it offline.
+    import huggingface_hub.constants  # noqa: F401
+
     folder = tmp_path / "cache"
     monkeypatch.setenv("HF_HUB_CACHE", str(folder))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -45,7 +45,7 @@ def create_app(
         _load_options(settings),
         telemetry=telemetry,
         models_dir=settings.load_models_from,
-        hf_token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+        hf_token=settings.hub_token,
     )
 
     async def load() -> None:

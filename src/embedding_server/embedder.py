@@ -91,7 +91,6 @@ class Embedder:
     @classmethod
     def from_settings(cls, model: str, settings: Settings) -> Self:
         """The embedder of ``model`` as the command line's ``settings`` want it."""
-        token = settings.hf_token
         name = parse_spec(model).name
         if unknown := set(settings.matryoshka_sizes) - {name}:
             raise ConfigurationError(
@@ -106,7 +105,7 @@ class Embedder:
             max_batch_tokens=settings.max_batch_tokens,
             matryoshka=settings.matryoshka_sizes.get(name, ()),
             load_models_from=settings.load_models_from,
-            hf_token=token.get_secret_value() if token else None,
+            hf_token=settings.hub_token,
         )
 
     @property

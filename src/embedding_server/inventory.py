@@ -47,14 +47,13 @@ def list_models(settings: Settings, *, as_json: bool) -> int:
 
 def pull_models(settings: Settings, names: list[str], to: Path) -> int:
     """Save each of ``names`` as ``to/<name>``; returns 0, or raises ModelUnavailable."""
-    token = settings.hf_token.get_secret_value() if settings.hf_token else None
     to.mkdir(parents=True, exist_ok=True)
     for name in names:
         folder = pull(
             parse_spec(name),
             to,
             models_dir=settings.load_models_from,
-            token=token,
+            token=settings.hub_token,
             onnx_file=settings.onnx_file,
         )
         sys.stdout.write(f"{folder}\n")
@@ -100,11 +99,10 @@ def verify_model(settings: Settings, name: str) -> int:
 
 
 def _verified(settings: Settings, name: str) -> Verification:
-    token = settings.hf_token.get_secret_value() if settings.hf_token else None
     located = locate(
         parse_spec(name),
         models_dir=settings.load_models_from,
-        token=token,
+        token=settings.hub_token,
         onnx_file=settings.onnx_file,
     )
     with Embedder.from_settings(name, settings) as embedder:

@@ -165,6 +165,11 @@ class Settings(BaseSettings):
     )
 
     @property
+    def hub_token(self) -> str | None:
+        """``hf_token`` in the clear, for the hub alone."""
+        return self.hf_token.get_secret_value() if self.hf_token else None
+
+    @property
     def matryoshka_sizes(self) -> dict[str, tuple[int, ...]]:
         """``matryoshka`` by the model's name."""
         rows = (row.partition("=") for row in self.matryoshka)

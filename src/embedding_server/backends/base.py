@@ -16,6 +16,7 @@ from embedding_server.engine.batch import Batch
 
 __all__ = [
     "BACKENDS",
+    "ONNX_FILES",
     "Backend",
     "BackendOptions",
     "Module",
@@ -97,6 +98,9 @@ class Backend(Protocol):
         """float32 [len(batch), dims], not normalised; called from one thread at a time."""
         ...
 
+
+ONNX_FILES = ("onnx/model.onnx", "model.onnx")
+"""Where a repository has its own graph; the first that is there is taken."""
 
 BACKENDS: Mapping[str, str] = {
     "onnx": "embedding_server.backends.onnx:PackedBackend",

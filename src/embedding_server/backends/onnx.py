@@ -10,7 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from embedding_server.backends.architectures import architecture_of
-from embedding_server.backends.base import BackendOptions, Pipeline
+from embedding_server.backends.base import ONNX_FILES, BackendOptions, Pipeline
 from embedding_server.backends.graph import build_graph
 from embedding_server.backends.head import Head
 from embedding_server.backends.inputs import GraphInputs
@@ -23,7 +23,6 @@ __all__ = ["OnnxFileBackend", "PackedBackend", "onnx_model_file"]
 # The linear layers reach their ceiling at a few hundred tokens; more only adds latency.
 _BATCH_TOKENS = 512
 
-_MODEL_FILES = ("onnx/model.onnx", "model.onnx")
 _COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "mpnet", "camembert", "xlm-roberta-xl")
 _STATES = ("last_hidden_state", "token_embeddings")
 
@@ -127,13 +126,13 @@ class OnnxFileBackend:
 def onnx_model_file(pipeline: Pipeline, name: str | None) -> Path:
     """The model's own .onnx file, or the one called ``name``; raises ModelNotSupported."""
     folder = pipeline.transformer
-    for candidate in (name,) if name else _MODEL_FILES:
+    for candidate in (name,) if name else ONNX_FILES:
         relative = PurePath(candidate)
         # By its name alone: in the hub's cache every file is a link to somewhere else.
         inside = not relative.is_absolute() and ".." not in relative.parts
         if inside and (folder / relative).is_file():
             return folder / relative
-    raise ModelNotSupported(f"{folder} has no {name or _MODEL_FILES[0]}.")
+    raise ModelNotSupported(f"{folder} has no {name or ONNX_FILES[0]}.")
 
 
 def _session_options(options: BackendOptions) -> onnxruntime.SessionOptions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from embedding_server.backends.base import Module, Pipeline
 from embedding_server.errors import ModelNotSupported
+from embedding_server.models.json_files import read_json, read_object
 
 __all__ = ["Layout", "read_layout"]
 
@@ -80,7 +80,7 @@ def read_layout(folder: Path, *, own_tokenizer: bool = False) -> Layout:
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
     _check_weights(home)
-    config = {} if static else _read_object(home / "config.json")
+    config = {} if static else read_object(home / "config.json")
     # sentence-transformers looks for its own settings only where there is a modules.json.
     own = _read_transformer_config(home) if has_modules and not static else {}
     prompts, default_prompt = _read_prompts(folder) if has_modules else ({}, None)
@@ -97,7 +97,7 @@ def read_layout(folder: Path, *, own_tokenizer: bool = False) -> Layout:
 
 def _read_modules(folder: Path) -> list[Module]:
     path = folder / "modules.json"
-    entries = _read_json(path)
+    entries = read_json(path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ModelNotSupported(f"{path} is not a list of modules.")
     if not entries:
@@ -109,21 +109,21 @@ def _read_modules(folder: Path) -> list[Module]:
         has_config = where != folder and (where / "config.json").is_file()
         if kind in ("Pooling", "Dense") and not has_config:
             raise ModelNotSupported(f"{where / 'config.json'} is missing: the copy is incomplete.")
-        found.append(Module(kind, where, _read_object(where / "config.json") if has_config else {}))
+        found.append(Module(kind, where, read_object(where / "config.json") if has_config else {}))
     return found
 
 
 def _default_modules(folder: Path) -> list[Module]:
     """What sentence-transformers makes of a plain transformers folder."""
     path = folder / "tokenizer_config.json"
-    template = path.is_file() and _read_object(path).get("chat_template")
+    template = path.is_file() and read_object(path).get("chat_template")
     files = (folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja"))
     if template or any(file.is_file() for file in files):
         raise ModelNotSupported(
             f"{folder} has a chat template and no modules.json: sentence-transformers would put "
             "every text into the template. A modules.json keeps them as they are."
         )
-    config = _read_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     names = config.get("architectures") or [""]
     causal = str(names[0]).endswith("ForCausalLM") and config.get("is_causal", True)
     mode = "lasttoken" if causal else "mean"
@@ -159,7 +159,7 @@ def _read_transformer_config(transformer: Path) -> Mapping[str, Any]:
     for name in _TRANSFORMER_CONFIGS:
         path = transformer / name
         if path.is_file():
-            values = _read_object(path)
+            values = read_object(path)
             unknown = sorted(
                 key
                 for key, value in values.items()
@@ -183,7 +183,7 @@ def _max_tokens(transformer: Path, own: Mapping[str, Any], config: Mapping[str, 
     limits = {"max_seq_length": own.get("max_seq_length")}
     if limits["max_seq_length"] is None:
         path = transformer / "tokenizer_config.json"
-        tokenizer = _read_object(path) if path.is_file() else {}
+        tokenizer = read_object(path) if path.is_file() else {}
         length = tokenizer.get("model_max_length", tokenizer.get("max_len"))
         limits = {"model_max_length": length, "max_position_embeddings": positions}
     limits["usable positions"] = _usable_positions(config, positions)
@@ -226,7 +226,7 @@ def _read_prompts(folder: Path) -> tuple[Mapping[str, str], str | None]:
     path = folder / "config_sentence_transformers.json"
     if not path.is_file():
         return {}, None
-    values = _read_object(path)
+    values = read_object(path)
     unknown = sorted(key for key, value in values.items() if key not in _MODEL_KEYS and value)
     if unknown:
         raise ModelNotSupported(f"{path} sets {', '.join(unknown)}, not known here.")
@@ -241,19 +241,3 @@ def _read_prompts(folder: Path) -> tuple[Mapping[str, str], str | None]:
     if default is not None and default not in prompts:
         raise ModelNotSupported(f"{path} names the default prompt {default!r}, which it lacks.")
     return prompts, default
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    value = _read_json(path)
-    if not isinstance(value, dict):
-        raise ModelNotSupported(f"{path} does not hold a JSON object.")
-    return value
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelNotSupported(f"{path} is missing.") from None
-    except (ValueError, OSError) as error:
-        raise ModelNotSupported(f"{path} can't be read: {error}") from None

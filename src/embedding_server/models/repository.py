@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
+from embedding_server.backends.base import ONNX_FILES
+
 __all__ = ["documents", "essentials", "lacks", "weights"]
 
 _DOCUMENTS = (
@@ -20,8 +22,6 @@ _ESSENTIAL = re.compile(
 )
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _LATER_MODULE = re.compile(r"[1-9]\d*_\w+/.*")
-_ONNX_FILES = ("onnx/model.onnx", "model.onnx")
-"""Where backends/onnx.py looks, in its order."""
 
 
 def documents(names: Iterable[str]) -> list[str]:
@@ -41,7 +41,7 @@ def weights(names: Collection[str], onnx_file: str | None) -> list[str]:
     tensors = [n for n in names if n.endswith(".safetensors") and not _ASIDE.fullmatch(n)]
     later = [name for name in tensors if _LATER_MODULE.fullmatch(name)]
     if onnx_file is None and len(later) == len(tensors):
-        onnx_file = next((name for name in _ONNX_FILES if name in names), None)
+        onnx_file = next((name for name in ONNX_FILES if name in names), None)
     if onnx_file is None:
         return tensors
     # A large graph keeps its tensors in files beside it.

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from embedding_server.errors import ModelNotSupported
+from embedding_server.models.json_files import read_object
 
 __all__ = ["SPECIAL_TOKENS", "Token", "TokenizerFiles", "read_backend", "read_tokenizer_files"]
 
@@ -106,7 +107,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
             raise ModelNotSupported(f"{folder / name}: inputs other than text are not supported.")
     path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
     text, backend = read_backend(path)
-    settings = _read_object(settings_path) if settings_path.is_file() else {}
+    settings = read_object(settings_path) if settings_path.is_file() else {}
     _check(settings_path, settings)
     if "additional_special_tokens" in settings and not settings.get("extra_special_tokens"):
         settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
@@ -154,7 +155,7 @@ def _check(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _merge_special_tokens_map(path: Path, settings: dict[str, Any]) -> None:
-    for key, value in (_read_object(path) if path.is_file() else {}).items():
+    for key, value in (read_object(path) if path.is_file() else {}).items():
         named = key in SPECIAL_TOKENS
         if not named and (key not in _SPECIAL_LISTS or not isinstance(value, list)):
             raise ModelNotSupported(f"{path} sets {key} to {value!r}, not known here.")
@@ -175,7 +176,7 @@ def _read_added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[int, Add
     """The tokens of added_tokens.json, which gives their ids and nothing else."""
     if not path.is_file():
         return {}
-    ids = _read_object(path)
+    ids = read_object(path)
     if not all(isinstance(index, int) for index in ids.values()):
         raise ModelNotSupported(f"{path} must have a token id for each token.")
     special = {str(settings[key]) for key in SPECIAL_TOKENS if settings.get(key)}
@@ -214,13 +215,3 @@ def _added_token(path: Path, token: Any) -> AddedToken:
 
 def _is_token(value: Any) -> bool:
     return isinstance(value, Token) and str(value) != ""
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelNotSupported(f"{path} can't be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelNotSupported(f"{path} does not hold a JSON object.")
-    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -10,12 +11,13 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from embedding_server import __version__
 from embedding_server.api import embeddings, health, models
 from embedding_server.api.documentation import use_own_openapi
 from embedding_server.api.errors import add_error_handlers
-from embedding_server.api.middleware import ApiKeyMiddleware, RequestMiddleware
+from embedding_server.api.middleware import ApiKeyMiddleware, DirectRoutes, RequestMiddleware
 from embedding_server.engine.engine import Limits
 from embedding_server.errors import ConfigurationError
 from embedding_server.models.catalog import DEFAULT_MODELS
@@ -51,6 +53,9 @@ def create_app(
     async def load() -> None:
         try:
             await registry.load()
+            # What lives as long as the server needn't be looked at in every collection.
+            gc.collect()
+            gc.freeze()
         except Exception as error:
             logger.debug("loading failed", exc_info=error)
             if on_load_error is None:
@@ -68,7 +73,7 @@ def create_app(
             await asyncio.gather(loading, return_exceptions=True)
             await registry.close()
 
-    app = FastAPI(
+    app = _Application(
         title="embedding-server",
         version=__version__,
         description="Text in, sentence embeddings out.",
@@ -84,11 +89,25 @@ def create_app(
         app.include_router(router)
     add_error_handlers(app)
     use_own_openapi(app)
-    # The last added is the outermost: a refused key has a log line and an id, too.
-    keys = [key.get_secret_value() for key in settings.api_key]
-    app.add_middleware(ApiKeyMiddleware, keys=keys)
-    app.add_middleware(RequestMiddleware, telemetry=telemetry)
+    direct = DirectRoutes(app.inner, endpoints=embeddings.DIRECT)
+    keyed = ApiKeyMiddleware(direct, keys=[key.get_secret_value() for key in settings.api_key])
+    # The outermost: a refused key has a log line and an id, too.
+    app.front = RequestMiddleware(keyed, telemetry=telemetry)
     return app
+
+
+class _Application(FastAPI):
+    """FastAPI behind our own middleware: short requests pass through none of its many layers."""
+
+    front: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
+        await self.front(scope, receive, send)
+
+    async def inner(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """FastAPI itself."""
+        await super().__call__(scope, receive, send)
 
 
 def _specs(settings: Settings) -> list[ModelSpec]:

@@ -116,6 +116,7 @@ class Telemetry:
                 if row.kind == "histogram"
                 else kinds[row.kind](name, row.help, row.labels, registry=self.registry)
             )
+        self._finished: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.in_flight = self._gauge("requests_in_flight")
 
     def for_model(self, name: str) -> ModelMetrics:
@@ -144,8 +145,16 @@ class Telemetry:
 
     def request_finished(self, *, route: str, model: str, status: int, seconds: float) -> None:
         """Count one answered request; ``route`` is a template of ours, ``model`` a served name."""
-        self._counter("requests").labels(route, model, str(status)).inc()
-        self._histogram("request_duration_seconds").labels(route, model).observe(seconds)
+        key = (route, model, status)
+        found = self._finished.get(key)
+        if found is None:  # looking up a label takes longer than counting
+            found = self._finished[key] = (
+                self._counter("requests").labels(route, model, str(status)),
+                self._histogram("request_duration_seconds").labels(route, model),
+            )
+        requests, duration = found
+        requests.inc()
+        duration.observe(seconds)
 
     def error_answered(self, code: str) -> None:
         """Count one error answer by its ``code``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from embedding_server.api.body import read_body
 from embedding_server.api.documentation import errors, json_body
 from embedding_server.api.encoding import encode_embeddings
+from embedding_server.api.middleware import Endpoint
 from embedding_server.api.record import record_of
 from embedding_server.api.schemas import (
     EmbeddingsRequest,
@@ -26,7 +27,7 @@ from embedding_server.errors import InvalidRequest
 from embedding_server.models.registry import Registry
 from embedding_server.settings import Settings
 
-__all__ = ["router"]
+__all__ = ["DIRECT", "router"]
 
 Result = TypeVar("Result")
 
@@ -93,6 +94,13 @@ async def openai_embeddings(request: Request) -> Response:
     return await _answer(request, query, EmbedParams(dimensions=query.dimensions), openai=True)
 
 
+DIRECT: Mapping[tuple[str, str], Endpoint] = {
+    ("POST", "/v1/embeddings"): embeddings,
+    ("POST", "/openai/v1/embeddings"): openai_embeddings,
+}
+"""The routes that are called by the thousand."""
+
+
 async def _parse(schema: type[Schema], body: bytes) -> Schema:
     """Out of the event loop where it takes long; health must be answered meanwhile."""
     if len(body) <= _INLINE_BYTES:
@@ -105,16 +113,27 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> R
 
     Raises ClientDisconnect then. ASGI servers tell a hang-up only to those who wait for it.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_hung_up(request))
+    task = asyncio.current_task()
+    assert task is not None
+    working, stopped = True, False
+
+    def stop(_: asyncio.Task[None]) -> None:
+        nonlocal stopped
+        if working:
+            stopped = task.cancel()
+
+    hung_up = asyncio.ensure_future(_hung_up(request))
+    hung_up.add_done_callback(stop)
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnect
+        return await work
+    except asyncio.CancelledError:
+        if not stopped:
+            raise
+        task.uncancel()
+        raise ClientDisconnect from None
     finally:
-        task.cancel()
-        gone.cancel()
+        working = False
+        hung_up.cancel()
 
 
 async def _hung_up(request: Request) -> None:

@@ -108,17 +108,9 @@ class _Builder:
             normed = self._norm(stream, self._in_layer(0, arch.attention_norm))
         for number, attention in enumerate(arch.attention):
             attended = self._attention_layer(number, attention, normed)
-            output = self._in_layer(number, arch.attention_output)
             norm = self._in_layer(number, arch.mlp_norm if arch.pre_norm else arch.attention_norm)
-            stream, normed = self._add(attended, stream, norm, output, bias=arch.attention_bias)
-            expanded = self._mlp(number, normed)
-            stream, normed = self._add(
-                expanded,
-                stream,
-                self._norm_after(number),
-                self._in_layer(number, arch.mlp_out),
-                bias=arch.mlp_bias,
-            )
+            stream, normed = self._add(attended, stream, norm)
+            stream, normed = self._add(self._mlp(number, normed), stream, self._norm_after(number))
         self._graph.nodes.append(helper.make_node("Identity", [normed], ["states"]))
         output_value = helper.make_tensor_value_info(
             "states", TensorProto.FLOAT, ["T", arch.hidden]
@@ -166,7 +158,7 @@ class _Builder:
         return str(states)
 
     def _attention_layer(self, number: int, attention: Attention, states: str) -> str:
-        """Attention and its output projection without bias, [T, hidden]."""
+        """Attention and its output projection, [T, hidden]."""
         arch = self._arch
         width, kv_width = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
         qkv = self._qkv(number, states, width + 2 * kv_width)
@@ -182,7 +174,7 @@ class _Builder:
         else:
             attended = self._looped(qkv, causal=attention.causal)
         name = self._in_layer(number, arch.attention_output)
-        return self._linear(attended, name, (arch.hidden, width))
+        return self._linear(attended, name, (arch.hidden, width), bias=arch.attention_bias)
 
     def _qkv(self, number: int, states: str, width: int) -> str:
         """Queries, keys and values side by side, [T, width], from one product."""
@@ -346,7 +338,7 @@ class _Builder:
         return str(add("Gather", [blocks, inputs["rows"]]))
 
     def _mlp(self, number: int, states: str) -> str:
-        """The MLP without its output's bias, [T, hidden]."""
+        """The MLP, [T, hidden]."""
         arch, add = self._arch, self._graph.add
         names = [self._in_layer(number, name) for name in arch.mlp_in]
         rows = arch.intermediate * (2 if arch.gated and len(names) == 1 else 1)
@@ -359,25 +351,17 @@ class _Builder:
         if arch.gated:
             expanded = add("Mul", [expanded, parts[1]])
         name = self._in_layer(number, arch.mlp_out)
-        return self._linear(expanded, name, (arch.hidden, arch.intermediate))
+        return self._linear(expanded, name, (arch.hidden, arch.intermediate), bias=arch.mlp_bias)
 
-    def _add(
-        self, states: str, stream: str, norm: str, dense: str, *, bias: bool
-    ) -> tuple[str, str]:
-        """``(new stream, its norm)`` of the stream plus a sublayer's states and their bias."""
-        arch = self._arch
-        weight, beta = self._norm_weights(norm)
-        dense_bias = self._weight(f"{dense}.bias", (arch.hidden,)) if bias else ""
-        if arch.norm == "rms":
-            op, inputs = "SkipSimplifiedLayerNormalization", [weight, dense_bias]
-        else:
-            op, inputs = "SkipLayerNormalization", [weight, beta, dense_bias]
-        while not inputs[-1]:
-            inputs.pop()
-        normed, _, _, total = self._graph.add(
-            op, [states, stream, *inputs], outputs=4, domain=_MICROSOFT, epsilon=arch.norm_eps
-        )
-        return (total if arch.pre_norm else normed), normed
+    def _add(self, states: str, stream: str, norm: str) -> tuple[str, str]:
+        """``(new stream, its norm)`` of the stream plus a sublayer's states.
+
+        Two plain operators: the fused one (SkipLayerNormalization) is not vectorised and took
+        six times as long.
+        """
+        total = str(self._graph.add("Add", [states, stream]))
+        normed = self._norm(total, norm)
+        return (total if self._arch.pre_norm else normed), normed
 
     def _norm(self, states: str, name: str) -> str:
         weight, beta = self._norm_weights(name)

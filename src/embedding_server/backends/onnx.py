@@ -50,6 +50,10 @@ class PackedBackend:
         head = Head.from_pipeline(pipeline, architecture.hidden)
         graph = build_graph(architecture, Weights.open(pipeline.transformer))
         session_options = _session_options(options)
+        # The graph is as it should be: the runtime's fusions would undo some of it.
+        session_options.graph_optimization_level = (
+            onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        )
         session_options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(graph.folder)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Collection, Iterator, Sequence
 
 import tokenizers
@@ -43,6 +44,8 @@ class Tokenizer:
         exclude_prompt: bool = False,
         keep_end: bool = False,
     ) -> None:
+        # Its own threads would take cores from inference, for a hundredth of the whole work.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         # A tokenizer.json may pad and cut by itself (all-MiniLM-L6-v2's pads to 128):
         # packed batches need no padding, and a silent cut would hide the true length.
         tokenizer.no_padding()

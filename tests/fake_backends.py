@@ -19,6 +19,7 @@ class Working:
 
     dims = 8
     padded = False
+    exclusive = True
     vocab_size = None
     tokenizer = None
     default_batch_tokens = 32
@@ -27,21 +28,21 @@ class Working:
     def load(cls, pipeline: Pipeline, options: BackendOptions) -> Self:
         return cls()
 
-    def embed(self, batch: Batch) -> NDArray[np.float32]:
+    def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
         return np.ones((len(batch), self.dims), dtype=np.float32)
 
 
 class Failing(Working):
     """Raises what an inference library would raise."""
 
-    def embed(self, batch: Batch) -> NDArray[np.float32]:
+    def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
         raise RuntimeError("onnxruntime failed in /srv/models/secret.onnx at 0xdeadbeef")
 
 
 class NotFinite(Working):
     """Gives NaN for every input of more than five tokens."""
 
-    def embed(self, batch: Batch) -> NDArray[np.float32]:
+    def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
         vectors = super().embed(batch)
         vectors[batch.lengths > 5] = np.nan
         return vectors
@@ -50,7 +51,7 @@ class NotFinite(Working):
 class Broken(Working):
     """Breaks its contract, which no batch loop survives."""
 
-    def embed(self, batch: Batch) -> NDArray[np.float32]:
+    def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
         return None  # type: ignore[return-value]
 
 
@@ -78,6 +79,6 @@ class Blocked(Working):
         cls.loading.wait()
         return cls()
 
-    def embed(self, batch: Batch) -> NDArray[np.float32]:
+    def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
         self.computing.wait()
         return super().embed(batch)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 from embedding_server.engine.batch import Batch, Encoding, Entry
+from embedding_server.engine.cores import Cores
 from embedding_server.engine.engine import Embeddings, EmbedParams, Engine, Limits
 from embedding_server.engine.info import ModelInfo
 from embedding_server.engine.postprocess import normalize
@@ -41,6 +42,7 @@ class FakeTokenizer:
     """One token a word, and the word is its number: ``"7 8"`` is ``[7, 8]``; at most 50."""
 
     def __init__(self) -> None:
+        self.max_tokens = 50
         self.prompts: list[str] = []
         self.threads: list[threading.Thread] = []
         self.busy = threading.Event()
@@ -58,9 +60,9 @@ class FakeTokenizer:
         encodings = []
         for index, text in enumerate(inputs):
             ids = [int(word) for word in text.split()]
-            if len(ids) > 50 and not truncate:
+            if len(ids) > self.max_tokens and not truncate:
                 raise ContextLengthExceeded("is too long", param="input", index=index)
-            encodings.append(Encoding(ids[:50], len(ids)))
+            encodings.append(Encoding(tuple(ids[: self.max_tokens]), len(ids)))
         return encodings
 
 
@@ -71,13 +73,16 @@ class FakeBackend:
 
     def __init__(self, *, padded: bool = False) -> None:
         self.padded = padded
+        self.exclusive = padded
+        self.wide: list[bool] = []
         self.batches: list[list[list[int]]] = []
         self.seconds = 0.0
         self.extra_rows = 0
 
-    def embed(self, batch: Batch) -> NDArray[np.float32]:
+    def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
         sequences = [part.tolist() for part in np.split(batch.input_ids, batch.cu_seqlens[1:-1])]
         self.batches.append(sequences)
+        self.wide.append(wide)
         time.sleep(self.seconds)
         if any(RAISES in sequence for sequence in sequences):
             raise RuntimeError("secret detail of the backend")
@@ -117,10 +122,10 @@ class MortalScheduler(Scheduler):
 
     dying = False
 
-    def next_batch(self) -> list[Entry]:
+    def next_batch(self, *, cores: int = 1) -> list[Entry]:
         if self.dying:
             raise ZeroDivisionError("the loop dies")
-        return super().next_batch()
+        return super().next_batch(cores=cores)
 
 
 @dataclass
@@ -132,6 +137,7 @@ class Bench:
     max_queued_tokens: int = 100_000
     max_request_tokens: int = 100_000
     padded: bool = False
+    core_count: int = 1
     info: ModelInfo = field(default_factory=lambda: model_info())
 
     def __post_init__(self) -> None:
@@ -139,6 +145,8 @@ class Bench:
         self.tokenizer = FakeTokenizer()
         self.backend = FakeBackend(padded=self.padded)
         self.executor = FakeExecutor()
+        self.cores = Cores(self.core_count, executor=self.executor)
+        self.tokenizing = ThreadPoolExecutor(2)
         self.scheduler = MortalScheduler(max_batch_tokens=self.max_batch_tokens, padded=self.padded)
         self.engine = Engine(
             self.info,
@@ -148,7 +156,8 @@ class Bench:
             limits=Limits(
                 self.max_concurrent_requests, self.max_queued_tokens, self.max_request_tokens
             ),
-            executor=self.executor,
+            cores=self.cores,
+            tokenizing=self.tokenizing,
             metrics=self.telemetry.for_model(MODEL),
         )
 
@@ -159,6 +168,7 @@ class Bench:
             yield
         finally:
             await self.engine.close()
+            self.tokenizing.shutdown()
 
     def send(self, *texts: str, params: EmbedParams = UNSCALED) -> asyncio.Task[Embeddings]:
         return asyncio.create_task(self.engine.embed(texts, params))
@@ -279,7 +289,7 @@ def test_a_query_passes_a_large_job() -> None:
 
     async def scenario() -> None:
         bench.executor.held = True
-        job = bench.send(*["5 " * 40] * 500)
+        job = bench.send(*[f"{number} " + "5 " * 39 for number in range(500)])
         await settle()
         query = bench.send("1 2")
         await settle()
@@ -292,6 +302,171 @@ def test_a_query_passes_a_large_job() -> None:
         job.cancel()
 
     run_on(bench, scenario)
+
+
+# ------------------------------------------------------------------------------- cores, equals
+
+
+def test_as_many_batches_at_a_time_as_there_are_cores() -> None:
+    bench = Bench(max_batch_tokens=2, core_count=3)
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        tasks = [bench.send(f"{number} {number}") for number in range(5)]
+        await settle()
+        assert bench.cores.free == 0
+        for _ in range(3):
+            bench.executor.step()
+        with pytest.raises(IndexError):
+            bench.executor.step()  # the other two wait for a core
+        await settle()
+        for _ in range(2):
+            bench.executor.step()
+        answers = await asyncio.gather(*tasks)
+        for number, answer in enumerate(answers):
+            assert answer.vectors.tolist() == expected(f"{number} {number}")
+        assert bench.cores.free == 3
+
+    run_on(bench, scenario)
+
+
+def test_idle_cores_share_what_waits() -> None:
+    bench = Bench(max_batch_tokens=100, core_count=2)
+    texts = [f"{number} " + "7 " * 19 for number in range(4)]
+
+    async def scenario() -> None:
+        answer = await bench.send(*texts)
+        assert answer.vectors.tolist() == expected(*texts)
+        assert [len(batch) for batch in bench.backend.batches] == [2, 2]
+        bench.backend.batches.clear()
+        await bench.send("1", "2")
+        assert len(bench.backend.batches) == 1, "too short to be worth dividing"
+
+    run_on(bench, scenario)
+
+
+def test_a_long_input_alone_has_all_cores() -> None:
+    bench = Bench(core_count=4)
+    bench.tokenizer.max_tokens = 500
+
+    async def scenario() -> None:
+        await bench.send("5 " * 200)
+        await bench.send("5 " * 10)
+        await bench.send("5 " * 200, "6 " * 200)
+        assert bench.backend.wide == [True, False, False, False]
+        bench.executor.held = True
+        tasks = [bench.send("5 " * 200)]
+        await settle()
+        assert bench.cores.free == 0
+        tasks.append(bench.send("6 " * 200))
+        await settle()
+        bench.executor.step()
+        await settle()
+        bench.executor.step()
+        await asyncio.gather(*tasks)
+        assert bench.backend.wide[4:] == [True, True]
+        assert bench.cores.free == 4
+
+    run_on(bench, scenario)
+
+
+def test_an_exclusive_backend_has_one_batch_at_a_time() -> None:
+    bench = Bench(max_batch_tokens=2, core_count=3)
+    bench.backend.exclusive = True
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        tasks = [bench.send("1 1"), bench.send("2 2")]
+        await settle()
+        bench.executor.step()
+        with pytest.raises(IndexError):
+            bench.executor.step()
+        await settle()
+        bench.executor.step()
+        await asyncio.gather(*tasks)
+        assert bench.cores.free == 3
+
+    run_on(bench, scenario)
+
+
+def test_equal_inputs_are_computed_once() -> None:
+    """Of one request, and of requests that share a batch."""
+    bench = Bench()
+
+    async def scenario() -> None:
+        answer = await bench.send("1 2", "3", "1 2", "1 2", "3")
+        assert answer.vectors.tolist() == expected("1 2", "3", "1 2", "1 2", "3")
+        assert answer.tokens == 8
+        assert bench.backend.batches == [[[3], [1, 2]]]
+        bench.executor.held = True
+        tasks = [bench.send("9")]
+        await settle()
+        tasks += [bench.send("7", "8"), bench.send("8"), bench.send("8")]
+        await settle()
+        for _ in range(2):
+            bench.executor.step()
+            await settle()
+        answers = await asyncio.gather(*tasks)
+        assert [a.vectors.tolist() for a in answers[1:]] == [
+            expected("7", "8"),
+            expected("8"),
+            expected("8"),
+        ]
+        assert bench.backend.batches[2:] == [[[7], [8]]]
+
+    run_on(bench, scenario)
+
+
+def test_equal_inputs_of_a_failed_batch_all_fail() -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        tasks = [bench.send("9")]
+        await settle()
+        tasks += [bench.send(f"{NAN}"), bench.send(f"{NAN}"), bench.send("8")]
+        await settle()
+        for _ in range(2):
+            bench.executor.step()
+            await settle()
+        for task in tasks[1:3]:
+            with pytest.raises(InferenceFailed):
+                await task
+        assert (await tasks[3]).vectors.tolist() == expected("8")
+
+    run_on(bench, scenario)
+
+
+def test_cores_are_lent_in_turn_and_given_back_by_those_who_stop_waiting() -> None:
+    async def scenario() -> None:
+        cores = Cores(2, executor=FakeExecutor())
+        await cores.acquire(1)
+        order: list[str] = []
+
+        async def work(name: str, count: int) -> None:
+            await cores.acquire(count)
+            order.append(name)
+
+        large = asyncio.create_task(work("large", 2))
+        await settle()
+        small = asyncio.create_task(work("small", 1))
+        await settle()
+        assert order == []
+        assert cores.free == 0, "nobody passes the one who waits for two"
+        large.cancel()
+        await settle()
+        assert order == ["small"]
+        third = asyncio.create_task(work("third", 2))
+        await settle()
+        cores.release(1)
+        cores.release(1)
+        third.cancel()  # in the moment in which it gets them
+        await settle()
+        assert order == ["small"]
+        assert cores.free == 2
+        await asyncio.gather(large, small, third, return_exceptions=True)
+
+    run(scenario())
 
 
 # --------------------------------------------------------------------------------------- failure
@@ -561,18 +736,18 @@ def test_max_queued_tokens_takes_a_whole_request_or_nothing() -> None:
         bench.executor.held = True
         tasks = [bench.send("1 1")]
         await settle()
-        tasks.append(bench.send("2 2 2", "2 2 2"))
+        tasks.append(bench.send("2 2 2", "2 2 5"))
         await settle()
         with pytest.raises(Overloaded, match="6 tokens are waiting"):
-            await bench.send("3", "3", "3", "3", "3")
+            await bench.send("3 1", "3 2", "3 3", "3 4")
         assert bench.scheduler.tokens == 6
-        tasks.append(bench.send("4", "4", "4", "4"))
+        tasks.append(bench.send("4", "5", "6", "7"))
         await settle()
         assert bench.scheduler.tokens == 10
         bench.executor.held = False
         bench.executor.step()
         await asyncio.gather(*tasks)
-        assert [3] not in [sequence for batch in bench.backend.batches for sequence in batch]
+        assert [3, 1] not in [sequence for batch in bench.backend.batches for sequence in batch]
 
     run_on(bench, scenario)
 
@@ -610,10 +785,10 @@ def test_retry_after_is_what_waits_over_measured_throughput() -> None:
         await settle()
         waits = []
         for _ in range(2):
-            tasks.append(bench.send(*["2 " * 50] * 5))
+            tasks.append(bench.send(*[f"{number} " + "2 " * 49 for number in range(5)]))
             await settle()
             with pytest.raises(Overloaded) as caught:
-                await bench.send(*["3 " * 50] * 6)
+                await bench.send(*[f"{number} " + "3 " * 49 for number in range(6)])
             waits.append(caught.value.retry_after)
             bench.backend.seconds = 0
         # 10 tokens took 0.02 s or, on a busy machine, more.
@@ -770,7 +945,7 @@ def test_metrics_move() -> None:
     assert bench.metric("failed_batches_total") == 0
     assert bench.metric("queue_tokens") == bench.metric("queue_requests") == 0
     assert bench.metric("tokenize_duration_seconds_count") == 2
-    assert bench.metric("queue_duration_seconds_count") == 4
+    assert bench.metric("queue_duration_seconds_count") == 2
     assert bench.metric("inference_duration_seconds_count") == 2
     assert bench.metric("batch_size_sum") == 4
     assert bench.metric("batch_tokens_sum") == 56

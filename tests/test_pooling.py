@@ -29,7 +29,7 @@ def batch_of(lengths: Sequence[int], prompts: Sequence[int] | None = None) -> Ba
     prompts = prompts or [0] * len(lengths)
     return Batch.from_encodings(
         [
-            Encoding([1] * length, length, prompt_tokens=prompt)
+            Encoding((1,) * length, length, prompt_tokens=prompt)
             for length, prompt in zip(lengths, prompts, strict=True)
         ]
     )

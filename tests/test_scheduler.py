@@ -21,7 +21,7 @@ class Job:
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.entries = [
-            Entry(self, index, Encoding([1] * length, length))
+            Entry(self, (index,), Encoding((1,) * length, length))
             for index, length in enumerate(lengths)
         ]
 
@@ -100,6 +100,39 @@ def test_an_entry_over_the_budget_goes_alone() -> None:
     scheduler = Scheduler(max_batch_tokens=64)
     start(scheduler, 100, 100, 60)
     assert [lengths_of(batch) for batch in drain(scheduler)] == [[100], [100], [60]]
+
+
+@given(jobs=st.lists(LENGTHS, min_size=1, max_size=6), budget=st.integers(1, 1000))
+def test_a_request_that_fits_in_a_batch_is_not_joined_by_larger_ones(
+    jobs: list[list[int]], budget: int
+) -> None:
+    scheduler = Scheduler(max_batch_tokens=budget)
+    for lengths in jobs:
+        start(scheduler, *lengths)
+    for batch in drain(scheduler):
+        totals = [sum(entry.length for entry in entry.request.entries) for entry in batch]
+        assert len({total > budget for total in totals}) == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "cores", "batches"),
+    [
+        pytest.param([10] * 8, 1, [8], id="one"),
+        pytest.param([10] * 8, 2, [4, 4], id="two"),
+        pytest.param([10] * 8, 4, [2, 2, 2, 2], id="four"),
+        pytest.param([3] * 4, 4, [4], id="little"),
+        pytest.param([100] * 4, 2, [1, 1, 1, 1], id="much"),
+    ],
+)
+def test_what_waits_is_shared_among_idle_cores(
+    lengths: list[int], cores: int, batches: list[int]
+) -> None:
+    scheduler = Scheduler(max_batch_tokens=120)
+    start(scheduler, *lengths)
+    seen = []
+    while batch := scheduler.next_batch(cores=max(1, cores - len(seen))):
+        seen.append(len(batch))
+    assert seen == batches
 
 
 # ------------------------------------------------------------------------------------ fairness

@@ -54,7 +54,8 @@ METRICS: tuple[Metric, ...] = (
         ("model",), _SECONDS,
     ),
     Metric(
-        "queue_duration_seconds", "histogram", "Seconds an input waited for its batch.",
+        "queue_duration_seconds", "histogram",
+        "Seconds a request waited for a batch, for each that it is in.",
         ("model",), _SECONDS,
     ),
     Metric(

@@ -82,6 +82,8 @@ class Backend(Protocol):
     """Length of a vector."""
     padded: bool
     """Whether a batch costs its size times its longest sequence."""
+    exclusive: bool
+    """Whether a batch takes all cores; else each batch takes one, and several run at a time."""
     default_batch_tokens: int
     """The budget of a batch that this device computes best."""
     vocab_size: int | None
@@ -94,8 +96,12 @@ class Backend(Protocol):
         """Load the model; raises ModelNotSupported for what it can't compute exactly."""
         ...
 
-    def embed(self, batch: Batch) -> NDArray[np.float32]:
-        """float32 [len(batch), dims], not normalised; called from one thread at a time."""
+    def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
+        """float32 [len(batch), dims], not normalised.
+
+        ``wide`` says that no other batch runs, so that this one may take all cores. Called from
+        several threads at a time, unless ``exclusive``.
+        """
         ...
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from embedding_server.backends.architectures import architecture_of
 from embedding_server.backends.base import ONNX_FILES, BackendOptions, Pipeline
-from embedding_server.backends.graph import build_graph
+from embedding_server.backends.graph import Graph, build_graph
 from embedding_server.backends.head import Head
 from embedding_server.backends.inputs import GraphInputs
 from embedding_server.backends.weights import Weights
@@ -20,25 +20,39 @@ from embedding_server.errors import ModelNotSupported
 
 __all__ = ["OnnxFileBackend", "PackedBackend", "onnx_model_file"]
 
-# The linear layers reach their ceiling at a few hundred tokens; more only adds latency.
-_BATCH_TOKENS = 512
+# On one core the linear layers reach their ceiling here; more only adds latency.
+_BATCH_TOKENS = 128
+
+# A file's own graph has all cores for each batch.
+_FILE_BATCH_TOKENS = 512
 
 _COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "mpnet", "camembert", "xlm-roberta-xl")
 _STATES = ("last_hidden_state", "token_embeddings")
 
 
 class PackedBackend:
-    """The graph that ``build_graph`` makes of config and weights."""
+    """The graph that ``build_graph`` makes of config and weights.
+
+    ``session`` runs on the thread that calls it: as many batches at a time as there are cores
+    measured faster than one batch on all of them, whose threads wait for each other in every
+    layer. ``wide``, on all cores, is for one long input alone.
+    """
 
     padded = False
+    exclusive = False
     vocab_size = None
     tokenizer = None
     default_batch_tokens = _BATCH_TOKENS
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, inputs: GraphInputs, head: Head
+        self,
+        session: onnxruntime.InferenceSession,
+        wide: onnxruntime.InferenceSession,
+        inputs: GraphInputs,
+        head: Head,
     ) -> None:
         self._session = session
+        self._wide = wide
         self._inputs = inputs
         self._head = head
         self.dims = head.dims
@@ -49,23 +63,15 @@ class PackedBackend:
         architecture = architecture_of(pipeline.config)
         head = Head.from_pipeline(pipeline, architecture.hidden)
         graph = build_graph(architecture, Weights.open(pipeline.transformer))
-        session_options = _session_options(options)
-        # The graph is as it should be: the runtime's fusions would undo some of it.
-        session_options.graph_optimization_level = (
-            onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        )
-        session_options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(graph.folder)
-        )
-        session_options.add_external_initializers(
-            list(graph.arrays),
-            [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in graph.arrays.values()],
-        )
-        return cls(_session(graph.model, session_options), GraphInputs(architecture), head)
+        session = wide = _packed_session(graph, 1)
+        if options.threads > 1:
+            wide = _packed_session(graph, options.threads)
+        return cls(session, wide, GraphInputs(architecture), head)
 
-    def embed(self, batch: Batch) -> NDArray[np.float32]:
+    def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
         """float32 [len(batch), dims]; see ``Backend.embed``."""
-        (states,) = self._session.run(["states"], self._inputs.of(batch))
+        session = self._wide if wide else self._session
+        (states,) = session.run(["states"], self._inputs.of(batch))
         return self._head(states, batch)
 
 
@@ -73,9 +79,10 @@ class OnnxFileBackend:
     """A model's own .onnx file, as optimum or sentence-transformers export it; pads its batches."""
 
     padded = True
+    exclusive = True
     vocab_size = None
     tokenizer = None
-    default_batch_tokens = _BATCH_TOKENS
+    default_batch_tokens = _FILE_BATCH_TOKENS
 
     def __init__(
         self,
@@ -96,7 +103,7 @@ class OnnxFileBackend:
     def load(cls, pipeline: Pipeline, options: BackendOptions) -> Self:
         """Load the file; raises ModelNotSupported if there is none or its form isn't known."""
         file = onnx_model_file(pipeline, options.onnx_file)
-        session = _session(str(file), _session_options(options))
+        session = _session(str(file), _session_options(options.threads))
         known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
         inputs = {value.name for value in session.get_inputs()}
         if pipeline.config.get("model_type") in _COUNTED_FROM_PADDING:
@@ -113,7 +120,7 @@ class OnnxFileBackend:
         head = Head.from_pipeline(pipeline, outputs[states][-1])
         return cls(session, head, states=states, pad_token_id=pipeline.pad_token_id)
 
-    def embed(self, batch: Batch) -> NDArray[np.float32]:
+    def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
         """float32 [len(batch), dims]; see ``Backend.embed``."""
         ids, mask = batch.padded(self._pad_token_id)
         feeds: dict[str, Any] = {
@@ -139,9 +146,26 @@ def onnx_model_file(pipeline: Pipeline, name: str | None) -> Path:
     raise ModelNotSupported(f"{folder} has no {name or ONNX_FILES[0]}.")
 
 
-def _session_options(options: BackendOptions) -> onnxruntime.SessionOptions:
+def _packed_session(graph: Graph, threads: int) -> onnxruntime.InferenceSession:
+    options = _session_options(threads)
+    # The graph is as it should be: the runtime's fusions would undo some of it.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(graph.folder)
+    )
+    options.add_external_initializers(
+        list(graph.arrays),
+        [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in graph.arrays.values()],
+    )
+    if threads > 1:
+        # Packed weights are a second copy, and make no difference to a long input.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return _session(graph.model, options)
+
+
+def _session_options(threads: int) -> onnxruntime.SessionOptions:
     session_options = onnxruntime.SessionOptions()
-    session_options.intra_op_num_threads = options.threads
+    session_options.intra_op_num_threads = threads
     session_options.inter_op_num_threads = 1
     session_options.log_severity_level = 3  # errors; its warnings say nothing to our users
     # Shapes differ from batch to batch, and memory must come back after a long input.

@@ -20,6 +20,7 @@ class StaticBackend:
     """sentence-transformers' ``StaticEmbedding``: no token sees another, so there is no graph."""
 
     padded = False
+    exclusive = False
     tokenizer = None
     # A token costs the copying of one row, so a batch may hold very many.
     default_batch_tokens = 65_536
@@ -38,7 +39,7 @@ class StaticBackend:
         table = _read_table(Weights.open(pipeline.transformer))
         return cls(table, Projection.from_modules(pipeline.modules, table.shape[1]))
 
-    def embed(self, batch: Batch) -> NDArray[np.float32]:
+    def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
         """float32 [len(batch), dims]; a text without tokens gives zeros. See ``Backend.embed``."""
         rows = self._table[batch.input_ids]
         bounds = batch.cu_seqlens.tolist()

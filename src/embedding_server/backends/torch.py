@@ -20,6 +20,7 @@ class TorchBackend:
     """sentence-transformers without its tokenizer and without a final ``Normalize``."""
 
     padded = True
+    exclusive = True
 
     def __init__(self, model: Any, pipeline: Pipeline) -> None:
         self._model = model
@@ -40,7 +41,7 @@ class TorchBackend:
         torch.set_num_threads(options.threads)
         return cls(model, pipeline)
 
-    def embed(self, batch: Batch) -> NDArray[np.float32]:
+    def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
         """float32 [len(batch), dims]; see ``Backend.embed``."""
         if self._static:
             return self._forward(input_ids=batch.input_ids, offsets=batch.cu_seqlens[:-1])

@@ -17,7 +17,7 @@ __all__ = ["Batch", "Encoding", "Entry", "Request"]
 class Encoding:
     """One input as the model sees it, special tokens and prompt included, cut to its limit."""
 
-    ids: list[int]
+    ids: tuple[int, ...]
     total_tokens: int
     """The length before the cut."""
     prompt_tokens: int = 0
@@ -36,10 +36,10 @@ class Request(Protocol):
 
 @dataclass(slots=True)
 class Entry:
-    """One input waiting for inference: ``index`` is its place in ``request``."""
+    """One input waiting for inference, for every place in ``request`` that has the same."""
 
     request: Request
-    index: int
+    places: tuple[int, ...]
     encoding: Encoding
     start: float = field(default=0.0, compare=False)
     """Start tag of fair queueing, in tokens of virtual time; set by the scheduler."""

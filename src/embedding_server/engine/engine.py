@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedding_server.engine.batch import Batch, Encoding, Entry
+from embedding_server.engine.cores import Cores
 from embedding_server.engine.info import ModelInfo
 from embedding_server.engine.postprocess import OutputDtype, postprocess
 from embedding_server.engine.scheduler import Scheduler
@@ -35,6 +37,9 @@ _CHARACTERS_PER_TOKEN = 10
 
 _INLINE_VALUES = 32 * 1024
 
+# From here a single input is faster on all cores together than on one.
+_WIDE_TOKENS = 64
+
 _PROMPT_SYNONYMS = {
     "query": ("query", "search_query"),
     "document": ("document", "passage", "corpus", "search_document"),
@@ -49,7 +54,10 @@ class _Backend(Protocol):
     @property
     def padded(self) -> bool: ...
 
-    def embed(self, batch: Batch) -> NDArray[np.float32]: ...
+    @property
+    def exclusive(self) -> bool: ...
+
+    def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +113,10 @@ class _Request:
         self.future = future
         self.arrived = time.perf_counter()
 
-    def deliver(self, index: int, vector: NDArray[np.float32]) -> None:
-        self.vectors[index] = vector
-        self.missing -= 1
+    def deliver(self, places: tuple[int, ...], vector: NDArray[np.float32]) -> None:
+        for place in places:
+            self.vectors[place] = vector
+        self.missing -= len(places)
         if not self.missing and not self.future.done():
             self.future.set_result(None)
 
@@ -116,12 +125,24 @@ class _Request:
             self.future.set_exception(error)
 
 
-class Engine:
-    """Admission, the batch loop and the executor of one model.
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A batch under way."""
 
-    ``executor`` runs the backend, and is shared by all engines of a process: one batch at a
-    time has all cores, and models take turns. Call ``start`` in the event loop that will
-    call ``embed``.
+    entries: Sequence[Entry]
+    rows: Mapping[Encoding, int]
+    """Equal inputs are computed once: the row of each in the batch."""
+    batch: Batch
+    cores: int
+    started: float
+    vectors: asyncio.Future[NDArray[np.float32]]
+
+
+class Engine:
+    """Admission and the batch loop of one model.
+
+    ``cores`` and the threads of ``tokenizing`` are shared by all engines of a process. Call
+    ``start`` in the event loop that will call ``embed``.
     """
 
     def __init__(
@@ -132,7 +153,8 @@ class Engine:
         *,
         scheduler: Scheduler,
         limits: Limits,
-        executor: Executor,
+        cores: Cores,
+        tokenizing: Executor,
         metrics: ModelMetrics,
     ) -> None:
         self.info = info
@@ -140,7 +162,8 @@ class Engine:
         self._backend = backend
         self._scheduler = scheduler
         self._limits = limits
-        self._executor = executor
+        self._cores = cores
+        self._tokenizing = tokenizing
         self._metrics = metrics
         self._pending: set[_Request] = set()
         self._admitted = 0
@@ -253,7 +276,11 @@ class Engine:
         def work() -> list[Encoding]:
             return self._tokenizer.encode(inputs, prompt=prompt, truncate=truncate)
 
-        encodings = work() if characters <= _INLINE_CHARACTERS else await asyncio.to_thread(work)
+        if characters <= _INLINE_CHARACTERS:
+            encodings = work()
+        else:
+            loop = asyncio.get_running_loop()
+            encodings = await loop.run_in_executor(self._tokenizing, work)
         self._metrics.tokenize_duration.observe(time.perf_counter() - started)
         tokens = sum(len(encoding.ids) for encoding in encodings)
         if tokens > self._limits.max_request_tokens:
@@ -269,7 +296,11 @@ class Engine:
         """Queue every input or none, and wait for their vectors."""
         if not self.ready:
             raise NotReady(f"The model {self.info.name!r} is shutting down.")
-        tokens = sum(len(encoding.ids) for encoding in encodings)
+        # Equal inputs are computed once.
+        places: dict[Encoding, list[int]] = {}
+        for place, encoding in enumerate(encodings):
+            places.setdefault(encoding, []).append(place)
+        tokens = sum(len(encoding.ids) for encoding in places)
         waiting = self._scheduler.tokens
         # A request that is larger than the whole queue must have its chance when it is empty.
         if waiting and waiting + tokens > self._limits.max_queued_tokens:
@@ -279,7 +310,7 @@ class Engine:
         )
         self._pending.add(request)
         self._scheduler.add(
-            [Entry(request, index, encoding) for index, encoding in enumerate(encodings)]
+            [Entry(request, tuple(equal), encoding) for encoding, equal in places.items()]
         )
         self._metrics.queue_tokens.set(self._scheduler.tokens)
         self._wake.set()
@@ -321,53 +352,75 @@ class Engine:
         )
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            entries = self._scheduler.next_batch()
-            if not entries:
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            self._metrics.queue_tokens.set(self._scheduler.tokens)
-            started = time.perf_counter()
-            try:
-                batch = Batch.from_encodings([entry.encoding for entry in entries])
-                vectors = await loop.run_in_executor(self._executor, self._backend.embed, batch)
-            except Exception:
-                self._metrics.failed_batches.inc()
-                logger.exception("a batch of %d inputs failed on %s", len(entries), self.info.name)
-                self._fail(entries, "The model failed on this request; the server's log says why.")
-                continue
-            self._deliver(entries, batch, vectors, started)
+        async with asyncio.TaskGroup() as batches:
+            while True:
+                while not len(self._scheduler):
+                    self._wake.clear()
+                    await self._wake.wait()
+                needed = self._cores.count if self._backend.exclusive else 1
+                await self._cores.acquire(needed)
+                batch = self._begin(needed)
+                if batch is None:
+                    self._cores.release(needed)
+                else:
+                    batches.create_task(self._end(batch))
 
-    def _deliver(
-        self,
-        entries: Sequence[Entry],
-        batch: Batch,
-        vectors: NDArray[np.float32],
-        started: float,
-    ) -> None:
-        seconds = time.perf_counter() - started
-        self._measure(batch, seconds)
-        if vectors.shape != (len(entries), self._backend.dims):
+    def _begin(self, cores: int) -> _Running | None:
+        """Start the next batch on ``cores`` that were acquired, and on the rest if it pays."""
+        idle = self._cores.free
+        entries = self._scheduler.next_batch(cores=1 + idle)
+        if not entries:  # all were discarded meanwhile
+            return None
+        self._metrics.queue_tokens.set(self._scheduler.tokens)
+        rows: dict[Encoding, int] = {}
+        for entry in entries:
+            rows.setdefault(entry.encoding, len(rows))
+        batch = Batch.from_encodings(list(rows))
+        alone = len(batch) == 1 and not len(self._scheduler) and idle == self._cores.count - 1
+        wide = idle > 0 and alone and batch.tokens >= _WIDE_TOKENS
+        if wide:
+            self._cores.take(idle)
+            cores += idle
+        started = time.perf_counter()
+        work = partial(self._backend.embed, batch, wide=wide)
+        return _Running(entries, rows, batch, cores, started, self._cores.run(work))
+
+    async def _end(self, running: _Running) -> None:
+        entries = running.entries
+        try:
+            vectors = await running.vectors
+        except Exception:
+            self._metrics.failed_batches.inc()
+            logger.exception("a batch of %d inputs failed on %s", len(entries), self.info.name)
+            self._fail(entries, "The model failed on this request; the server's log says why.")
+        else:
+            self._deliver(running, vectors)
+        finally:
+            self._cores.release(running.cores)
+
+    def _deliver(self, running: _Running, vectors: NDArray[np.float32]) -> None:
+        entries, batch = running.entries, running.batch
+        self._measure(running, time.perf_counter() - running.started)
+        if vectors.shape != (len(batch), self._backend.dims):
             self._metrics.failed_batches.inc()
             logger.error("%s gave vectors of shape %s", self.info.name, vectors.shape)
             self._fail(entries, "The model gave an answer of the wrong shape.")
             return
+        rows = [running.rows[entry.encoding] for entry in entries]
         finite = [bool(good) for good in np.asarray(np.isfinite(vectors).all(axis=1))]
         if not all(finite):
             self._metrics.failed_batches.inc()
             logger.error("%s gave values that are not finite", self.info.name)
-            broken = [entry for entry, good in zip(entries, finite, strict=True) if not good]
+            broken = [entry for entry, row in zip(entries, rows, strict=True) if not finite[row]]
             self._fail(broken, "The model gave values that are not finite for this request.")
-        for entry, vector, good in zip(entries, vectors, finite, strict=True):
-            if good:
-                request = _request_of(entry)
-                self._metrics.queue_duration.observe(started - request.arrived)
-                request.deliver(entry.index, vector)
+        for entry, row in zip(entries, rows, strict=True):
+            if finite[row]:
+                _request_of(entry).deliver(entry.places, vectors[row])
+        for request in {_request_of(entry) for entry in entries}:
+            self._metrics.queue_duration.observe(running.started - request.arrived)
 
-    def _measure(self, batch: Batch, seconds: float) -> None:
-        metrics = self._metrics
+    def _measure(self, running: _Running, seconds: float) -> None:
+        metrics, batch = self._metrics, running.batch
         metrics.inference_duration.observe(seconds)
         metrics.batch_size.observe(len(batch))
         metrics.batch_tokens.observe(batch.tokens)
@@ -375,7 +428,8 @@ class Engine:
             metrics.padding_tokens.inc(len(batch) * batch.max_seqlen - batch.tokens)
         # Sums that fade, and not a mean of rates: many small batches would outvote a large one.
         self._recent_tokens = 0.9 * self._recent_tokens + batch.tokens
-        self._recent_seconds = 0.9 * self._recent_seconds + seconds
+        share = running.cores / self._cores.count
+        self._recent_seconds = 0.9 * self._recent_seconds + seconds * share
 
     def _fail(self, entries: Sequence[Entry], message: str) -> None:
         for request in {_request_of(entry) for entry in entries}:

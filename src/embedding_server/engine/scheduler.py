@@ -14,6 +14,14 @@ from embedding_server.engine.batch import Entry, Request
 
 __all__ = ["Scheduler"]
 
+# Every batch reads all weights, which takes a core as long as some ten tokens: less than this is
+# not worth dividing.
+_LEAST_SHARE = 16
+
+
+_Kind = tuple[bool, int]
+"""Whether an entry's request is larger than a batch, and the entry's length."""
+
 
 class Scheduler:
     """Entries in, batches out.
@@ -25,9 +33,10 @@ class Scheduler:
     def __init__(self, *, max_batch_tokens: int, padded: bool = False) -> None:
         self._max_batch_tokens = max_batch_tokens
         self._padded = padded
-        # A heap of (start tag, place in its request, arrival, entry) for each length. Lengths
-        # are few, so the oldest entry and the nearest lengths are found by looking at all.
-        self._by_length: dict[int, list[tuple[float, int, int, Entry]]] = {}
+        # A heap of (start tag, place in its request, arrival, entry) for each length, of requests
+        # that are larger than a batch and of others. Lengths are few, so the oldest entry and the
+        # nearest lengths are found by looking at all.
+        self._waiting: dict[_Kind, list[tuple[float, int, int, Entry]]] = {}
         self._arrivals = itertools.count()
         self._virtual_time = 0.0
         self._tokens = 0
@@ -49,36 +58,42 @@ class Scheduler:
         over virtual time and leaves room for those that come after it.
         """
         tag = self._virtual_time
+        large = sum(entry.length for entry in entries) > self._max_batch_tokens
         for place, entry in enumerate(entries):
             entry.start = tag
             tag += entry.length
-            bucket = self._by_length.setdefault(entry.length, [])
+            bucket = self._waiting.setdefault((large, entry.length), [])
             heapq.heappush(bucket, (entry.start, place, next(self._arrivals), entry))
             self._tokens += entry.length
         self._entries += len(entries)
 
-    def next_batch(self) -> list[Entry]:
+    def next_batch(self, *, cores: int = 1) -> list[Entry]:
         """The entry with the oldest start tag and others of about its length, shortest first.
 
+        A request that one batch can hold is not joined by entries of larger ones: it would wait
+        for them, and they end no sooner. With idle ``cores``, what waits is shared among them.
         Empty when nothing waits; over the budget only if a single entry is.
         """
         if not self._entries:
             return []
-        head = min(self._by_length, key=lambda length: self._by_length[length][0])
-        start, place, _, _ = self._by_length[head][0]
+        budget = min(self._max_batch_tokens, max(_LEAST_SHARE, -(-self._tokens // cores)))
+        kind = min(self._waiting, key=lambda kind: self._waiting[kind][0])
+        large, head = kind
+        start, place, _, _ = self._waiting[kind][0]
         # Time is the start tag in service. A request's first entry starts at the present, so
         # it moves time by its own length: a stream of new requests would else hold time still
         # and always go before what waits for a later tag.
         self._virtual_time = max(self._virtual_time, start if place else start + head)
-        batch = [self._pop(head)]
+        batch = [self._pop(kind)]
         tokens = longest = head
-        for length in sorted(self._by_length, key=lambda length: abs(length - head)):
-            if not _near(length, head):
-                continue
-            while length in self._by_length:
-                if not self._fits(len(batch) + 1, tokens + length, max(longest, length)):
+        near = (kind for kind in self._waiting if kind[0] == large and _near(kind[1], head))
+        for kind in sorted(near, key=lambda kind: abs(kind[1] - head)):
+            _, length = kind
+            while kind in self._waiting:
+                cost = (len(batch) + 1) * max(longest, length) if self._padded else tokens + length
+                if cost > budget:
                     break
-                batch.append(self._pop(length))
+                batch.append(self._pop(kind))
                 tokens += length
                 longest = max(longest, length)
         batch.sort(key=lambda entry: entry.length)
@@ -86,30 +101,26 @@ class Scheduler:
 
     def discard(self, request: Request) -> None:
         """Forget what still waits of ``request``."""
-        for length, bucket in list(self._by_length.items()):
+        for kind, bucket in list(self._waiting.items()):
             kept = [item for item in bucket if item[-1].request is not request]
             removed = len(bucket) - len(kept)
             if not removed:
                 continue
             self._entries -= removed
-            self._tokens -= removed * length
+            self._tokens -= removed * kind[1]
             if kept:
                 heapq.heapify(kept)
-                self._by_length[length] = kept
+                self._waiting[kind] = kept
             else:
-                del self._by_length[length]
+                del self._waiting[kind]
 
-    def _fits(self, size: int, tokens: int, longest: int) -> bool:
-        cost = size * longest if self._padded else tokens
-        return cost <= self._max_batch_tokens
-
-    def _pop(self, length: int) -> Entry:
-        bucket = self._by_length[length]
+    def _pop(self, kind: _Kind) -> Entry:
+        bucket = self._waiting[kind]
         entry = heapq.heappop(bucket)[-1]
         if not bucket:
-            del self._by_length[length]
+            del self._waiting[kind]
         self._entries -= 1
-        self._tokens -= length
+        self._tokens -= entry.length
         return entry
 
 

@@ -151,7 +151,7 @@ class Tokenizer:
                     index=index,
                 )
             ids = self._cut(ids)
-        return Encoding(ids, total, prompt_tokens=min(excluded, len(ids)))
+        return Encoding(tuple(ids), total, prompt_tokens=min(excluded, len(ids)))
 
     def _cut(self, ids: list[int]) -> list[int]:
         if len(ids) <= self.max_tokens:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from embedding_server.backends.base import Backend, BackendOptions, Pipeline, backend_class
 from embedding_server.backends.head import pooling_modes
+from embedding_server.engine.cores import Cores
 from embedding_server.engine.engine import Engine, Limits
 from embedding_server.engine.info import ModelInfo
 from embedding_server.engine.scheduler import Scheduler
@@ -48,7 +49,8 @@ def load_engine(
     located: LocatedModel,
     options: LoadOptions,
     *,
-    executor: Executor,
+    cores: Cores,
+    tokenizing: Executor,
     telemetry: Telemetry,
 ) -> Engine:
     """The engine of one model, ready to be started.
@@ -96,7 +98,8 @@ def load_engine(
             padded=backend.padded,
         ),
         limits=options.limits,
-        executor=executor,
+        cores=cores,
+        tokenizing=tokenizing,
         metrics=telemetry.for_model(info.name),
     )
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from embedding_server.engine.cores import Cores
 from embedding_server.engine.engine import Engine
 from embedding_server.errors import ModelError, ModelNotFound, ModelUnavailable, NotReady
 from embedding_server.models.hub import locate, verify
@@ -46,7 +47,9 @@ class Registry:
         self._engines: dict[str, Engine] = {}
         self._loaded = False
         self._threads_loading = 0
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="inference")
+        self._cores = Cores(options.threads)
+        # Of their own, so that a very long text keeps no answer from being written.
+        self._tokenizing = ThreadPoolExecutor(options.threads, thread_name_prefix="tokenize")
 
     async def load(self) -> None:
         """Find, load and start every model.
@@ -91,7 +94,12 @@ class Registry:
         if self._options.onnx_file is None:  # the digest is of the file that it replaces
             verify(located, spec)
         engine = load_engine(
-            spec, located, self._options, executor=self._executor, telemetry=self._telemetry
+            spec,
+            located,
+            self._options,
+            cores=self._cores,
+            tokenizing=self._tokenizing,
+            telemetry=self._telemetry,
         )
         logger.info(
             "%s is ready: %s, %d dimensions, %d tokens, from %s (%s) in %.2f s",
@@ -103,9 +111,10 @@ class Registry:
     async def close(self) -> None:
         """Stop every engine; what still waits fails with NotReady."""
         await asyncio.gather(*(engine.close() for engine in self._engines.values()))
-        # Waits for a batch under way. Not in a thread: at the interpreter's end, when a forgotten
+        # Wait for what is under way. Not in a thread: at the interpreter's end, when a forgotten
         # Embedder is closed, no thread can be had.
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._cores.close()
+        self._tokenizing.shutdown(wait=True, cancel_futures=True)
 
     @property
     def loading(self) -> bool:

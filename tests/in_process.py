@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import uvicorn
 from fastapi import FastAPI
 
 from embedding_server.app import create_app
-from embedding_server.protocol import HttpProtocol
+from embedding_server.servers.base import AsgiServer, server_class
 from embedding_server.settings import Settings
 
 SECONDS = 30.0
@@ -23,30 +22,35 @@ SECONDS = 30.0
 
 @dataclass(frozen=True)
 class InProcessServer:
-    """A running application: where it listens, and what stops it."""
+    """A running application: where it listens, what stops it, and the thread that then ends."""
 
     url: str
     app: FastAPI
-    uvicorn: uvicorn.Server
+    server: AsgiServer
+    thread: threading.Thread
 
 
 @contextmanager
-def serving(*, wait: bool = True, **settings: Any) -> Iterator[InProcessServer]:
-    """An application of ``settings``; with ``wait``, ready before the body runs."""
-    app = create_app(Settings(**settings))
-    server = uvicorn.Server(
-        uvicorn.Config(app, http=HttpProtocol, ws="none", log_config=None, access_log=False)
-    )
+def serving(
+    *, wait: bool = True, drain_seconds: int = 30, **values: Any
+) -> Iterator[InProcessServer]:
+    """An application of the settings ``values``; with ``wait``, ready before the body runs."""
+    settings = Settings(**values)
+    app = create_app(settings)
+    server = server_class(settings.server)(app, drain_seconds=drain_seconds)
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread = threading.Thread(target=server.run, args=[listener])
         thread.start()
         try:
+            # Until it answers, there may be no event loop that could be stopped.
+            until(lambda: httpx.get(url + "/health/live").status_code == 200)
             if wait:
                 until(lambda: httpx.get(url + "/health/ready").status_code == 200)
-            yield InProcessServer(url, app, server)
+            yield InProcessServer(url, app, server, thread)
         finally:
-            server.should_exit = True
+            if thread.is_alive():
+                server.stop()
             thread.join(SECONDS)
     assert not thread.is_alive(), "the server did not stop"
 

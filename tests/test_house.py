@@ -30,13 +30,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine", "backends"),
     ("models",),
     ("api", "embedder", "writers"),
-    ("app", "protocol", "corpus", "verify"),
-    ("server", "inventory"),
+    ("app", "servers", "corpus", "verify"),
+    ("server", "inventory", "bench"),
     ("cli",),
     ("",),
 )
 
-WEB = {"fastapi", "starlette", "pydantic", "pydantic_settings", "uvicorn", "httptools"}
+WEB = {
+    *("fastapi", "starlette", "pydantic", "pydantic_settings"),
+    *("uvicorn", "httptools", "hypercorn", "h11", "h2"),
+}
 HEAVY = {"torch", "transformers", "sentence_transformers"}
 
 
@@ -108,7 +111,7 @@ def test_imports_go_in_no_circle() -> None:
 
 @pytest.mark.parametrize("name", MODULES, ids=lambda name: name or PACKAGE)
 def test_only_the_http_layer_knows_the_web(name: str) -> None:
-    http = place_of(name)[1] in ("api", "app", "protocol", "server")
+    http = place_of(name)[1] in ("api", "app", "servers", "server")
     allowed = WEB if http else {"pydantic", "pydantic_settings"} if name == "settings" else set()
     assert top_level_imports_of(name) & WEB <= allowed
 

@@ -179,7 +179,11 @@ def test_overload(narrow: LiveServer) -> None:
         OpenAI(base_url=narrow.url + "/openai/v1", api_key=KEY, max_retries=0) as client,
         ThreadPoolExecutor(1) as pool,
     ):
-        job = pool.submit(client.embeddings.create, model=MODEL, input=[[7] * 250] * 24)
+        job = pool.submit(
+            client.embeddings.create,
+            model=MODEL,
+            input=[[1000 + number] * 250 for number in range(24)],
+        )
         until(lambda: busy() or job.done())
         with pytest.raises(openai.RateLimitError) as caught:
             client.embeddings.create(model=MODEL, input="a")

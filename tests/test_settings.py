@@ -182,10 +182,10 @@ def test_all_bad_values_are_told_at_once() -> None:
 
 
 def test_an_unknown_key_of_the_file(toml: Path) -> None:
-    toml.write_text("prot = 5000\n[server]\nport = 1\n")
+    toml.write_text("prot = 5000\n[serving]\nport = 1\n")
     with pytest.raises(ConfigurationError) as caught:
         load_settings({}, toml)
-    for name in ("prot", "server"):
+    for name in ("prot", "serving"):
         assert f"{toml}: there is no setting {name!r}" in str(caught.value)
 
 
@@ -343,7 +343,8 @@ HELP_PAGES = [
 ]
 
 HEAVY = {
-    *("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "prometheus_client", "numpy"),
+    *("uvicorn", "uvloop", "httptools", "hypercorn"),
+    *("fastapi", "starlette", "prometheus_client", "numpy"),
     *("onnxruntime", "onnx", "torch", "transformers", "sentence_transformers", "tokenizers"),
     *("huggingface_hub", "safetensors", "pyarrow", "tqdm", "orjson"),
 }

@@ -10,13 +10,21 @@ import httpx
 import pytest
 from live import running_server
 
+from embedding_server.servers.base import SERVERS
+
 MODEL = "all-MiniLM-L6-v2"
 
 
+@pytest.mark.parametrize("server_name", SERVERS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-def test_an_accepted_request_is_answered_and_the_exit_code_is_0(number: signal.Signals) -> None:
-    body = {"model": MODEL, "input": ["the same long text " * 40] * 60}
-    with running_server("--model", MODEL) as server, ThreadPoolExecutor(1) as pool:
+def test_an_accepted_request_is_answered_and_the_exit_code_is_0(
+    number: signal.Signals, server_name: str
+) -> None:
+    body = {"model": MODEL, "input": [f"{number} " + "a long text " * 60 for number in range(60)]}
+    with (
+        running_server("--model", MODEL, "--server", server_name) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
         answer = pool.submit(httpx.post, f"{server.url}/v1/embeddings", json=body, timeout=60)
         taken = f'embedding_server_queue_requests{{model="{MODEL}"}} 1.0'
         while taken not in httpx.get(f"{server.url}/metrics").text:
@@ -28,9 +36,10 @@ def test_an_accepted_request_is_answered_and_the_exit_code_is_0(number: signal.S
         assert "Traceback" not in server.log
 
 
+@pytest.mark.parametrize("server_name", SERVERS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-def test_stopping_while_models_are_loaded(number: signal.Signals) -> None:
-    with running_server("--model", MODEL, wait=False) as server:
+def test_stopping_while_models_are_loaded(number: signal.Signals, server_name: str) -> None:
+    with running_server("--model", MODEL, "--server", server_name, wait=False) as server:
         server.process.send_signal(number)
         assert server.process.wait(20) in (0, 130)
         assert "Traceback" not in server.log

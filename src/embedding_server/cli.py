@@ -1,21 +1,30 @@
-"""The command line: ``embedding-server serve | models | embed``."""
+"""The command line: ``embedding-server serve | models | embed | bench``."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from embedding_server import __version__
 from embedding_server.errors import EmbeddingServerError
-from embedding_server.settings import ENV_PREFIX, Row, load_settings, rows, unknown_variables
+from embedding_server.settings import (
+    ENV_PREFIX,
+    Row,
+    Settings,
+    load_settings,
+    rows,
+    unknown_variables,
+)
 
 __all__ = ["build_parser", "main"]
 
 logger = logging.getLogger(__name__)
+
+Number = TypeVar("Number", int, float)
 
 _DESCRIPTION = """\
 Turns text into sentence embeddings: exact to sentence-transformers, without torch.
@@ -25,7 +34,38 @@ Turns text into sentence embeddings: exact to sentence-transformers, without tor
   embedding-server embed --model all-MiniLM-L6-v2 texts.txt -o vectors.npy
   embedding-server models list                      what there is, and where
   embedding-server models verify all-MiniLM-L6-v2   compare with sentence-transformers
+  embedding-server bench                            how fast it is on this machine
 """
+
+_BENCH_DESCRIPTION = """\
+Measure a server under load from this process: one started for it, or the one at --url; without
+--model its first, or all-MiniLM-L6-v2. Ends with 1 if a request failed.
+
+  embedding-server bench                          one sentence a request, 64 connections
+  embedding-server bench --workload chunks        32 texts a request, 8 to 280 words each
+  embedding-server bench --rate 50                latency at 50 requests a second
+  embedding-server bench --url http://host:5000   a server that runs already
+  embedding-server bench --workload mixed         queries beside a large job: what each loses
+  embedding-server bench --json | jq .requests_per_second
+  embedding-server bench engine                   the model alone, beside the machine's peak
+"""
+
+_BENCH_ENGINE_DESCRIPTION = """\
+Measure the backend alone, in this process: tokens and useful floating-point operations a second
+for batches of several shapes, as a share of what the machine can do at all.
+
+  embedding-server bench engine
+  embedding-server bench engine --threads 1 --max-batch-tokens 1024
+"""
+
+_WORKLOADS = {
+    "pair": "two words, each an input (64 connections)",
+    "query": "one sentence (64)",
+    "uniform": "32 texts of 24 words (8)",
+    "chunks": "32 texts of 8 to 280 words (4)",
+    "bulk": "2,048 texts of 8 to 120 words (1)",
+    "mixed": "queries at a fixed rate, an endless bulk job, and both, in three rounds",
+}
 
 _SETTINGS_NOTE = (
     f"Every setting is also an environment variable ({ENV_PREFIX}PORT=5000) and a key of a TOML "
@@ -64,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"embedding-server {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="serve | models | embed")
+    commands = parser.add_subparsers(dest="command", metavar="serve | models | embed | bench")
     serve = commands.add_parser(
         "serve",
         help="answer HTTP requests",
@@ -149,16 +189,83 @@ def build_parser() -> argparse.ArgumentParser:
         help="scale vectors to length 1 (default), or leave the model's own output",
     )  # fmt: skip
     _add_settings(embed, "embed")
+    _add_bench(
+        commands.add_parser(
+            "bench",
+            help="measure a server, or the model alone",
+            description=_BENCH_DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+    )
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser, command: str) -> None:
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    told = "; ".join(f"{name}: {what}" for name, what in _WORKLOADS.items())
+    bench.add_argument(
+        "--workload", choices=tuple(_WORKLOADS), default="query",
+        help=f"what is sent, texts from the standard library's docstrings; {told} "
+        "(default: query)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--url", help="measure the server there, as http://host:port; any with /v1/embeddings"
+    )
+    bench.add_argument(
+        "--connections", type=_positive(int, 1000), metavar="N",
+        help="keep-alive connections (default: the workload's, above)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--duration", type=_positive(float, 86_400), default=10.0, metavar="SECONDS",
+        help="how long requests are sent, in 'mixed' in each phase (default: 10)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--rate", type=_positive(float, 100_000), metavar="N",
+        help="send N requests a second at even times, and count latency from when each was due; "
+        "without it each connection sends as fast as it is answered ('mixed': 10)",
+    )  # fmt: skip
+    bench.add_argument("--json", action="store_true", help="print the line of JSON only")
+    _add_settings(bench, "serve", without=("host", "port"))
+    kinds = bench.add_subparsers(dest="kind", metavar="[engine]")
+    engine = kinds.add_parser(
+        "engine",
+        help="the backend alone, and the machine's peak",
+        description=_BENCH_ENGINE_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    engine.add_argument(
+        "--rounds", type=_positive(int, 1000), default=5, metavar="N",
+        help="how often each shape is measured, in turn; the best counts (default: 5)",
+    )  # fmt: skip
+    engine.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS,
+        help="print the line of JSON only",
+    )  # fmt: skip
+    _add_settings(engine, "embed", without=("matryoshka",))
+
+
+def _positive(kind: type[Number], most: Number) -> Callable[[str], Number]:
+    """Reads a number over 0 and up to ``most``."""
+
+    def number(text: str) -> Number:
+        value = kind(text)
+        if not 0 < value <= most:  # not a number isn't, either
+            raise argparse.ArgumentTypeError(f"{text} is not over 0 and at most {most}")
+        return value
+
+    return number
+
+
+def _add_settings(
+    parser: argparse.ArgumentParser, command: str, *, without: Sequence[str] = ()
+) -> None:
     group = parser.add_argument_group("settings", _SETTINGS_NOTE)
     group.add_argument(
         "--config", type=Path, metavar="FILE", help=f"TOML file of settings [{ENV_PREFIX}CONFIG]"
     )
     for row in rows():
-        if command in row.commands:
+        if command in row.commands and row.name not in without:
             _add_flag(group, row)
 
 
@@ -179,7 +286,8 @@ def _add_flag(group: argparse._ArgumentGroup, row: Row) -> None:
 def _run(command: str, options: dict[str, Any]) -> int:
     known = {row.name for row in rows()}
     flags = {name: options.pop(name) for name in list(options) if name in known}
-    settings = load_settings(flags, options.pop("config"))
+    config = options.pop("config")
+    settings = load_settings(flags, config)
 
     from embedding_server.logs import set_up_logging
 
@@ -194,6 +302,8 @@ def _run(command: str, options: dict[str, Any]) -> int:
         from embedding_server.corpus import CorpusOptions, embed_corpus
 
         return embed_corpus(settings, CorpusOptions(**options))
+    if command == "bench":
+        return _bench(settings, flags, config, options)
     from embedding_server import inventory
 
     match options["action"]:
@@ -205,6 +315,26 @@ def _run(command: str, options: dict[str, Any]) -> int:
             return inventory.verify_model(settings, options["name"])
         case _:
             return inventory.pull_models(settings, options["name"], options["to"])
+
+
+def _bench(
+    settings: Settings, flags: dict[str, Any], config: Path | None, options: dict[str, Any]
+) -> int:
+    if options["kind"] == "engine":
+        from embedding_server.bench.engine import bench_engine
+
+        return bench_engine(settings, rounds=options["rounds"], as_json=options["json"])
+    from embedding_server.bench.command import ServerBench, bench_server
+
+    bench = ServerBench(
+        workload=options["workload"],
+        url=options["url"],
+        connections=options["connections"],
+        duration=options["duration"],
+        rate=options["rate"],
+        as_json=options["json"],
+    )
+    return bench_server(settings, flags, config, bench)
 
 
 if __name__ == "__main__":

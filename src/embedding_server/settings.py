@@ -100,6 +100,12 @@ class Settings(BaseSettings):
 
     host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for every interface", _SERVE)
     port: int = _setting(5000, "port to listen on; 0 picks a free one", _SERVE, ge=0, le=65535)
+    server: Literal["uvicorn", "hypercorn"] = _setting(
+        "uvicorn",
+        "what speaks HTTP: uvicorn, or hypercorn: slower, but HTTP/2 too (needs the extra "
+        "[hypercorn])",
+        _SERVE,
+    )
     model: Strings = _setting(
         (),
         "a catalog name, a hub id with optional @revision, or a folder; may be repeated; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 
@@ -29,7 +30,9 @@ from embedding_server.errors import (
     UnsupportedContent,
 )
 
-__all__ = ["ERROR_STATUS", "ErrorAnswer", "add_error_handlers", "error_answer"]
+__all__ = ["ERROR_STATUS", "ErrorAnswer", "add_error_handlers", "error_answer", "fault_answer"]
+
+logger = logging.getLogger(__name__)
 
 ERROR_STATUS: Mapping[type[EmbeddingServerError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
@@ -93,12 +96,25 @@ def error_answer(error: EmbeddingServerError) -> ErrorAnswer:
     return ErrorAnswer(status, str(error), kind, param=param, code=code, headers=headers)
 
 
+def fault_answer(scope: Scope, error: Exception) -> ErrorAnswer:
+    """The answer to what nobody foresaw; the log says more, once, and before the client knows."""
+    record = record_of(scope)
+    if record.fault is not error:
+        record.fault = error
+        logger.error("request %s failed", record.id, exc_info=error)
+    return ErrorAnswer(500, "The server failed on this request; its log says why.", "server_error")
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every exception that a route raises in the one shape."""
 
     @app.exception_handler(EmbeddingServerError)
     async def ours(request: Request, error: EmbeddingServerError) -> Response:
         return error_answer(error)
+
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> Response:
+        return fault_answer(request.scope, error)
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:

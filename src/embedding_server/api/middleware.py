@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embedding_server.api.errors import ErrorAnswer, error_answer
+from embedding_server.api.errors import error_answer, fault_answer
 from embedding_server.api.record import RequestRecord
 from embedding_server.errors import EmbeddingServerError, Unauthenticated
 from embedding_server.telemetry import Telemetry
@@ -61,12 +61,9 @@ class RequestMiddleware:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             pass
-        except Exception:
-            logger.exception("request %s failed", record.id)
+        except Exception as error:
+            answer = fault_answer(scope, error)
             if status is None:
-                answer = ErrorAnswer(
-                    500, "The server failed on this request; its log says why.", "server_error"
-                )
                 await answer(scope, receive, send_with_id)
         finally:
             self._telemetry.in_flight.dec()

@@ -21,6 +21,8 @@ class RequestRecord:
     tokens: int = 0
     truncated: int = 0
     error_code: str | None = None
+    fault: Exception | None = None
+    """What nobody foresaw, once it is logged."""
 
     def attach(self, scope: Scope) -> None:
         """Make ``record_of(scope)`` give this record."""

@@ -114,7 +114,7 @@ class Registry:
         # Wait for what is under way. Not in a thread: at the interpreter's end, when a forgotten
         # Embedder is closed, no thread can be had.
         self._cores.close()
-        self._tokenizing.shutdown(wait=True, cancel_futures=True)
+        self._tokenizing.shutdown()  # what comes of it finds its engine closed
 
     @property
     def loading(self) -> bool:

@@ -1,25 +1,46 @@
-"""HTTP/1.1 as uvicorn and httptools read it, but for what they get wrong."""
+"""uvicorn with httptools: HTTP/1.1, and none of those measured is faster (docs/performance.md)."""
 
 from __future__ import annotations
 
-import logging
-import uuid
+import socket
 
 import httptools
+import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from embedding_server.api.errors import ErrorAnswer
+from embedding_server.servers.base import KEEP_ALIVE_SECONDS, answer_to_nonsense
 
-__all__ = ["HttpProtocol"]
-
-logger = logging.getLogger(__name__)
-
-_NOT_HTTP = bytes(
-    ErrorAnswer(400, "This is not a valid HTTP/1.1 request.", "invalid_request_error").body
-)
+__all__ = ["UvicornServer"]
 
 
-class HttpProtocol(HttpToolsProtocol):
+class UvicornServer:
+    """See ``AsgiServer``."""
+
+    def __init__(self, app: ASGIApp, *, drain_seconds: int) -> None:
+        config = uvicorn.Config(
+            app,
+            http=_Http1,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # nothing here asks who the client is
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=drain_seconds,
+        )
+        self._server = uvicorn.Server(config)
+
+    def run(self, listener: socket.socket) -> None:
+        # uvicorn ends well on a signal, and then raises it again.
+        self._server.run(sockets=[listener])
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+
+
+class _Http1(HttpToolsProtocol):
     """Answers a client that offers another protocol in HTTP/1.1, and nonsense in our error shape.
 
     Java's HttpClient offers HTTP/2 with every request; httptools then takes the end of the
@@ -43,13 +64,9 @@ class HttpProtocol(HttpToolsProtocol):
                 return
 
     def send_400_response(self, msg: str) -> None:
-        request_id = uuid.uuid4().hex
-        self.transport.write(
-            b"HTTP/1.1 400 Bad Request\r\nx-request-id: %b\r\ncontent-type: application/json\r\n"
-            b"content-length: %d\r\nconnection: close\r\n\r\n%b"
-            % (request_id.encode("ascii"), len(_NOT_HTTP), _NOT_HTTP)
-        )
-        logger.info("not HTTP", extra={"fields": {"id": request_id, "status": 400}})
+        headers, body = answer_to_nonsense()
+        head = b"".join(b"%b: %b\r\n" % header for header in headers)
+        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n%b\r\n%b" % (head, body))
         self.transport.close()
 
     def _should_upgrade(self) -> bool:

@@ -104,10 +104,11 @@ class _RotaryTable:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Cosines and sines of every token, float32 [T, head_dim / 2] each."""
         rotary, longest = self._rotary, int(lengths.max())
-        if longest > len(self._tables[0]):
+        tables = self._tables  # another thread may replace them, and by shorter ones
+        if longest > len(tables[0]):
             size = 1 << (longest - 1).bit_length()
-            self._tables = _rotary_rows(rotary.theta, rotary.head_dim, size)
-        cos, sin = (table[offsets] for table in self._tables)
+            self._tables = tables = _rotary_rows(rotary.theta, rotary.head_dim, size)
+        cos, sin = (table[offsets] for table in tables)
         if rotary.factor is not None and longest > rotary.trained:
             ends = np.cumsum(lengths)
             for length, end in zip(lengths.tolist(), ends.tolist(), strict=True):

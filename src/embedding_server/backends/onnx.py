@@ -21,7 +21,7 @@ from embedding_server.errors import ModelNotSupported
 __all__ = ["OnnxFileBackend", "PackedBackend", "onnx_model_file"]
 
 # On one core the linear layers reach their ceiling here; more only adds latency.
-_BATCH_TOKENS = 128
+_BATCH_TOKENS = 96
 
 # A file's own graph has all cores for each batch.
 _FILE_BATCH_TOKENS = 512

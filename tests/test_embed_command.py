@@ -451,7 +451,8 @@ def test_the_progress_bar_is_for_terminals_only(model: str) -> None:
 def test_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     """Long before the chunks that were read ahead would be done."""
     many = tmp_path / "many.txt"
-    many.write_text(("a sentence that is not short at all " * 20 + "\n") * 5000)
+    sentence = "a sentence that is not short at all " * 20
+    many.write_text("".join(f"{number} {sentence}\n" for number in range(5000)))
     command = [
         sys.executable,
         "-m",

@@ -437,6 +437,46 @@ def test_equal_inputs_of_a_failed_batch_all_fail() -> None:
     run_on(bench, scenario)
 
 
+def test_a_dying_engine_gives_its_cores_back() -> None:
+    """Under load, while the next batch is being begun: other models go on."""
+    bench = Bench(max_batch_tokens=2, core_count=2)
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        tasks = [bench.send(f"{number} {number}") for number in range(8)]
+        await settle()
+        bench.engine._deliver = None  # type: ignore[assignment, method-assign]
+        bench.executor.held = False
+        bench.executor.step()
+        bench.executor.step()
+        await settle()
+        assert not bench.engine.ready
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert bench.cores.free == 2
+
+    run_on(bench, scenario)
+
+
+def test_a_batch_that_cannot_be_begun_fails_its_own_requests_only() -> None:
+    bench = Bench(core_count=2)
+
+    async def scenario() -> None:
+        submit = bench.executor.submit
+
+        def refuse(*arguments: Any, **options: Any) -> Any:
+            bench.executor.submit = submit  # type: ignore[method-assign]
+            raise RuntimeError("can't start new thread")
+
+        bench.executor.submit = refuse  # type: ignore[method-assign]
+        with pytest.raises(InferenceFailed):
+            await bench.send("1 " * 30)
+        assert bench.cores.free == 2
+        assert (await bench.send("2")).vectors.tolist() == expected("2")
+        assert bench.engine.ready
+
+    run_on(bench, scenario)
+
+
 def test_cores_are_lent_in_turn_and_given_back_by_those_who_stop_waiting() -> None:
     async def scenario() -> None:
         cores = Cores(2, executor=FakeExecutor())

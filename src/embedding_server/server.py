@@ -45,8 +45,6 @@ def serve(settings: Settings) -> int:
     app = create_app(settings, on_load_error=stop_on)
     listener = _listen(settings.host, settings.port)
     server = make_server(app, drain_seconds=_DRAIN_SECONDS)
-    # What there is by now stays. Looked through, it would stop the server for 50 ms at a time.
-    gc.freeze()
     gc.set_threshold(_GC_ALLOCATIONS)
     with listener:
         host, port = listener.getsockname()[:2]

@@ -127,9 +127,8 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> R
     try:
         return await work
     except asyncio.CancelledError:
-        if not stopped:
+        if not stopped or task.uncancel() > 0:  # by another, too
             raise
-        task.uncancel()
         raise ClientDisconnect from None
     finally:
         working = False

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
@@ -111,6 +112,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(EmbeddingServerError)
     async def ours(request: Request, error: EmbeddingServerError) -> Response:
         return error_answer(error)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: Exception) -> None:
+        """Nobody is there to be answered."""
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Response:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TypeVar
 
 __all__ = ["Cores"]
@@ -58,9 +59,21 @@ class Cores:
         self._free += cores
         self._serve()
 
-    def run(self, work: Callable[[], Result]) -> asyncio.Future[Result]:
-        """``work()``, begun now in one of the threads."""
-        return asyncio.get_running_loop().run_in_executor(self._executor, work)
+    def run(self, work: Callable[[], Result], cores: int) -> asyncio.Future[Result]:
+        """``work()`` in one of the threads, which gives ``cores`` back at its end.
+
+        At the thread's own end: whoever waits for it may have been cancelled.
+        """
+        loop = asyncio.get_running_loop()
+        job = self._executor.submit(work)
+
+        def ended(_: Future[Result]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self.release, cores)
+
+        result = asyncio.wrap_future(job, loop=loop)
+        job.add_done_callback(ended)  # after the other: a failed request leaves the queue first
+        return result
 
     def close(self) -> None:
         """Wait for the batches under way and end the threads."""

@@ -93,7 +93,7 @@ class Embeddings:
 
     @property
     def tokens(self) -> int:
-        """Tokens that were computed, special tokens and prompts included."""
+        """Tokens of all inputs, special tokens and prompts included."""
         return sum(len(encoding.ids) for encoding in self.encodings)
 
     @property
@@ -360,43 +360,52 @@ class Engine:
                 needed = self._cores.count if self._backend.exclusive else 1
                 await self._cores.acquire(needed)
                 batch = self._begin(needed)
-                if batch is None:
-                    self._cores.release(needed)
-                else:
+                if batch is not None:
                     batches.create_task(self._end(batch))
 
     def _begin(self, cores: int) -> _Running | None:
         """Start the next batch on ``cores`` that were acquired, and on the rest if it pays."""
         idle = self._cores.free
-        entries = self._scheduler.next_batch(cores=1 + idle)
-        if not entries:  # all were discarded meanwhile
+        entries: Sequence[Entry] = ()
+        try:
+            entries = self._scheduler.next_batch(cores=1 + idle)
+        finally:
+            if not entries:  # all were discarded meanwhile
+                self._cores.release(cores)
+        if not entries:
             return None
         self._metrics.queue_tokens.set(self._scheduler.tokens)
-        rows: dict[Encoding, int] = {}
-        for entry in entries:
-            rows.setdefault(entry.encoding, len(rows))
-        batch = Batch.from_encodings(list(rows))
-        alone = len(batch) == 1 and not len(self._scheduler) and idle == self._cores.count - 1
-        wide = idle > 0 and alone and batch.tokens >= _WIDE_TOKENS
-        if wide:
-            self._cores.take(idle)
-            cores += idle
-        started = time.perf_counter()
-        work = partial(self._backend.embed, batch, wide=wide)
-        return _Running(entries, rows, batch, cores, started, self._cores.run(work))
+        try:
+            rows: dict[Encoding, int] = {}
+            for entry in entries:
+                rows.setdefault(entry.encoding, len(rows))
+            batch = Batch.from_encodings(list(rows))
+            alone = len(batch) == 1 and not len(self._scheduler) and idle == self._cores.count - 1
+            wide = idle > 0 and alone and batch.tokens >= _WIDE_TOKENS
+            if wide:
+                self._cores.take(idle)
+                cores += idle
+            started = time.perf_counter()
+            vectors = self._cores.run(partial(self._backend.embed, batch, wide=wide), cores)
+        except Exception:  # no memory, or no thread
+            self._cores.release(cores)
+            self._batch_failed(entries)
+            return None
+        return _Running(entries, rows, batch, cores, started, vectors)
 
     async def _end(self, running: _Running) -> None:
         entries = running.entries
         try:
             vectors = await running.vectors
         except Exception:
-            self._metrics.failed_batches.inc()
-            logger.exception("a batch of %d inputs failed on %s", len(entries), self.info.name)
-            self._fail(entries, "The model failed on this request; the server's log says why.")
+            self._batch_failed(entries)
         else:
             self._deliver(running, vectors)
-        finally:
-            self._cores.release(running.cores)
+
+    def _batch_failed(self, entries: Sequence[Entry]) -> None:
+        self._metrics.failed_batches.inc()
+        logger.exception("a batch of %d inputs failed on %s", len(entries), self.info.name)
+        self._fail(entries, "The model failed on this request; the server's log says why.")
 
     def _deliver(self, running: _Running, vectors: NDArray[np.float32]) -> None:
         entries, batch = running.entries, running.batch

@@ -58,7 +58,9 @@ class Scheduler:
         over virtual time and leaves room for those that come after it.
         """
         tag = self._virtual_time
-        large = sum(entry.length for entry in entries) > self._max_batch_tokens
+        lengths = [entry.length for entry in entries]
+        cost = len(lengths) * max(lengths) if self._padded else sum(lengths)
+        large = cost > self._max_batch_tokens
         for place, entry in enumerate(entries):
             entry.start = tag
             tag += entry.length

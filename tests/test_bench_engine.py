@@ -164,3 +164,9 @@ def test_engine_refuses_a_model_without_layers(tmp_path: Path) -> None:
     done = run_cli("bench", "engine", "--model", str(tiny.make_static(tmp_path / "s").folder))
     assert done.returncode == 1
     assert b"not built here" in done.stderr
+
+
+def test_engine_takes_no_option_of_a_server_in_silence() -> None:
+    done = run_cli("bench", "--duration", "3", "--max-queued-tokens", "9", "engine")
+    assert done.returncode == 1
+    assert b"doesn't take --duration, --max-queued-tokens" in done.stderr

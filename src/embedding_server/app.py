@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -33,13 +32,16 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(
-    settings: Settings, *, on_load_error: Callable[[Exception], None] | None = None
+    settings: Settings,
+    *,
+    on_loaded: Callable[[], None] = lambda: None,
+    on_load_error: Callable[[Exception], None] | None = None,
 ) -> FastAPI:
     """The application of ``settings``; its models are loaded while it answers health already.
 
-    ``on_load_error`` is called if the models can't be served; without it the application
-    stays up and not ready. Raises ModelUnavailable for a --model that can't be understood, and
-    ConfigurationError for two of the same name.
+    ``on_loaded`` is called when all are loaded; ``on_load_error`` if they can't be served, without
+    which the application stays up and not ready. Raises ModelUnavailable for a --model that can't
+    be understood, and ConfigurationError for two of the same name.
     """
     telemetry = Telemetry()
     registry = Registry(
@@ -53,9 +55,7 @@ def create_app(
     async def load() -> None:
         try:
             await registry.load()
-            # What lives as long as the server needn't be looked at in every collection.
-            gc.collect()
-            gc.freeze()
+            on_loaded()
         except Exception as error:
             logger.debug("loading failed", exc_info=error)
             if on_load_error is None:

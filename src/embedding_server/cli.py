@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from embedding_server import __version__
-from embedding_server.errors import EmbeddingServerError
+from embedding_server.errors import ConfigurationError, EmbeddingServerError
 from embedding_server.settings import (
     ENV_PREFIX,
     Row,
@@ -204,23 +204,26 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_bench(bench: argparse.ArgumentParser) -> None:
     told = "; ".join(f"{name}: {what}" for name, what in _WORKLOADS.items())
     bench.add_argument(
-        "--workload", choices=tuple(_WORKLOADS), default="query",
+        "--workload", choices=tuple(_WORKLOADS), default=argparse.SUPPRESS,
         help=f"what is sent, texts from the standard library's docstrings; {told} "
         "(default: query)",
     )  # fmt: skip
     bench.add_argument(
-        "--url", help="measure the server there, as http://host:port; any with /v1/embeddings"
+        "--url",
+        default=argparse.SUPPRESS,
+        help="measure the server there, as http://host:port; any with /v1/embeddings",
     )
     bench.add_argument(
-        "--connections", type=_positive(int, 1000), metavar="N",
+        "--connections", type=_positive(int, 1000), default=argparse.SUPPRESS, metavar="N",
         help="keep-alive connections (default: the workload's, above)",
     )  # fmt: skip
     bench.add_argument(
-        "--duration", type=_positive(float, 86_400), default=10.0, metavar="SECONDS",
+        "--duration", type=_positive(float, 86_400), default=argparse.SUPPRESS,
+        metavar="SECONDS",
         help="how long requests are sent, in 'mixed' in each phase (default: 10)",
     )  # fmt: skip
     bench.add_argument(
-        "--rate", type=_positive(float, 100_000), metavar="N",
+        "--rate", type=_positive(float, 100_000), default=argparse.SUPPRESS, metavar="N",
         help="send N requests a second at even times, and count latency from when each was due; "
         "without it each connection sends as fast as it is answered ('mixed': 10)",
     )  # fmt: skip
@@ -320,21 +323,19 @@ def _run(command: str, options: dict[str, Any]) -> int:
 def _bench(
     settings: Settings, flags: dict[str, Any], config: Path | None, options: dict[str, Any]
 ) -> int:
-    if options["kind"] == "engine":
+    kind, as_json = options.pop("kind"), options.pop("json")
+    if kind == "engine":
         from embedding_server.bench.engine import bench_engine
 
-        return bench_engine(settings, rounds=options["rounds"], as_json=options["json"])
+        rounds = options.pop("rounds")
+        only_server = {row.name for row in rows() if "embed" not in row.commands} & set(flags)
+        if others := sorted({*options, *only_server}):
+            told = ", ".join("--" + name.replace("_", "-") for name in others)
+            raise ConfigurationError(f"'bench engine' needs no server and doesn't take {told}.")
+        return bench_engine(settings, rounds=rounds, as_json=as_json)
     from embedding_server.bench.command import ServerBench, bench_server
 
-    bench = ServerBench(
-        workload=options["workload"],
-        url=options["url"],
-        connections=options["connections"],
-        duration=options["duration"],
-        rate=options["rate"],
-        as_json=options["json"],
-    )
-    return bench_server(settings, flags, config, bench)
+    return bench_server(settings, flags, config, ServerBench(**options, as_json=as_json))
 
 
 if __name__ == "__main__":

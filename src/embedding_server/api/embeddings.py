@@ -117,8 +117,10 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> R
     assert task is not None
     working, stopped = True, False
 
-    def stop(_: asyncio.Task[None]) -> None:
+    def stop(hung_up: asyncio.Task[None]) -> None:
         nonlocal stopped
+        if not hung_up.cancelled():
+            hung_up.exception()  # a server that can't tell any more has lost its client, too
         if working:
             stopped = task.cancel()
 

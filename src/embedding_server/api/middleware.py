@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedding_server.api.errors import error_answer, fault_answer
-from embedding_server.api.record import RequestRecord
+from embedding_server.api.record import RequestRecord, record_of
 from embedding_server.errors import EmbeddingServerError, Unauthenticated
 from embedding_server.telemetry import Telemetry
 
@@ -70,7 +70,7 @@ class RequestMiddleware:
             self._finish(scope, record, status or 499, time.perf_counter() - started)
 
     def _finish(self, scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
-        route = _route(scope)
+        route = getattr(scope.get("route"), "path_format", record.route)
         self._telemetry.request_finished(
             route=route, model=record.model, status=status, seconds=seconds
         )
@@ -148,19 +148,12 @@ class DirectRoutes:
         if endpoint is None:
             await self._app(scope, receive, send)
             return
-        scope["endpoint"] = endpoint
+        record_of(scope).route = scope["path"]
         try:
             response = await endpoint(Request(scope, receive, send))
         except EmbeddingServerError as error:
             response = error_answer(error)
         await response(scope, receive, send)
-
-
-def _route(scope: Scope) -> str:
-    """The path's template; of a path that no route takes, nothing is told."""
-    if "endpoint" not in scope:
-        return "unmatched"
-    return str(getattr(scope.get("route"), "path_format", scope["path"]))
 
 
 def _request_id(scope: Scope) -> str:

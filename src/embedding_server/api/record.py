@@ -16,6 +16,8 @@ class RequestRecord:
     """Numbers and names only: never a text, and no model name that isn't served."""
 
     id: str
+    route: str = "unmatched"
+    """The path's template; of a path that no route takes, nothing is told."""
     model: str = ""
     inputs: int = 0
     tokens: int = 0

@@ -26,15 +26,15 @@ _MIXED_RATE = 10.0
 class ServerBench:
     """What ``bench`` was asked for."""
 
-    workload: str
-    url: str | None
-    """None: a server is started for it."""
-    connections: int | None
-    """None: as many as suit the workload."""
-    duration: float
-    rate: float | None
-    """Requests a second; None: as many as are answered."""
     as_json: bool
+    workload: str = "query"
+    url: str | None = None
+    """None: a server is started for it."""
+    connections: int | None = None
+    """None: as many as suit the workload."""
+    duration: float = 10.0
+    rate: float | None = None
+    """Requests a second; None: as many as are answered."""
 
 
 def bench_server(

@@ -48,11 +48,12 @@ def own_server(flags: Mapping[str, object], config: Path | None) -> Iterator[Ser
             command += ["--config", str(config)]
         # SIGTERM must stop the server, too.
         before = signal.signal(signal.SIGTERM, _exit)
-        # Its output goes to a file, as a service's would, and is only read if it fails.
-        process = subprocess.Popen(  # noqa: S603
-            command, env={**os.environ, **_variables(flags)}, stdout=log, stderr=log
-        )
+        process = None
         try:
+            # Its output goes to a file, as a service's would, and is only read if it fails.
+            process = subprocess.Popen(  # noqa: S603
+                command, env={**os.environ, **_variables(flags)}, stdout=log, stderr=log
+            )
             if not _becomes_ready(process, port):
                 log.seek(0)
                 told = log.read().decode(errors="replace").strip().splitlines()
@@ -62,13 +63,18 @@ def own_server(flags: Mapping[str, object], config: Path | None) -> Iterator[Ser
                 )
             yield ServerProcess(f"http://{_HOST}:{port}", process.pid)
         finally:
-            process.terminate()
-            try:
-                process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            if process is not None:
+                _stop(process)
             signal.signal(signal.SIGTERM, before)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -130,8 +130,8 @@ class _Running:
     """A batch under way."""
 
     entries: Sequence[Entry]
-    rows: Mapping[Encoding, int]
-    """Equal inputs are computed once: the row of each in the batch."""
+    rows: Sequence[int]
+    """The row of each entry in the batch; equal inputs share one."""
     batch: Batch
     cores: int
     started: float
@@ -376,10 +376,9 @@ class Engine:
             return None
         self._metrics.queue_tokens.set(self._scheduler.tokens)
         try:
-            rows: dict[Encoding, int] = {}
-            for entry in entries:
-                rows.setdefault(entry.encoding, len(rows))
-            batch = Batch.from_encodings(list(rows))
+            distinct: dict[Encoding, int] = {}
+            rows = [distinct.setdefault(entry.encoding, len(distinct)) for entry in entries]
+            batch = Batch.from_encodings(list(distinct))
             alone = len(batch) == 1 and not len(self._scheduler) and idle == self._cores.count - 1
             wide = idle > 0 and alone and batch.tokens >= _WIDE_TOKENS
             if wide:
@@ -415,14 +414,14 @@ class Engine:
             logger.error("%s gave vectors of shape %s", self.info.name, vectors.shape)
             self._fail(entries, "The model gave an answer of the wrong shape.")
             return
-        rows = [running.rows[entry.encoding] for entry in entries]
         finite = [bool(good) for good in np.asarray(np.isfinite(vectors).all(axis=1))]
         if not all(finite):
             self._metrics.failed_batches.inc()
             logger.error("%s gave values that are not finite", self.info.name)
-            broken = [entry for entry, row in zip(entries, rows, strict=True) if not finite[row]]
+            told = zip(entries, running.rows, strict=True)
+            broken = [entry for entry, row in told if not finite[row]]
             self._fail(broken, "The model gave values that are not finite for this request.")
-        for entry, row in zip(entries, rows, strict=True):
+        for entry, row in zip(entries, running.rows, strict=True):
             if finite[row]:
                 _request_of(entry).deliver(entry.places, vectors[row])
         for request in {_request_of(entry) for entry in entries}:

@@ -307,10 +307,11 @@ def test_every_setting_is_a_full_row() -> None:
 def test_every_setting_is_a_flag_of_its_commands(row: Any) -> None:
     value = SAMPLES.get(row.name) or (row.choices[0] if row.choices else "1")
     for command, arguments in COMMANDS.items():
-        line = [*arguments, row.flag, value]
+        line = [*arguments, row.flag, *([] if row.kind == "switch" else [value])]
         if command in row.commands:
             options = vars(build_parser().parse_args(line))
-            assert options[row.name] == ([value] if row.kind == "list" else value)
+            expected = {"list": [value], "switch": True, "value": value}
+            assert options[row.name] == expected[row.kind]
         else:
             with pytest.raises(SystemExit):
                 build_parser().parse_args(line)

@@ -276,6 +276,11 @@ def _add_flag(group: argparse._ArgumentGroup, row: Row) -> None:
     default = "" if row.default in (None, ()) else f" (default: {row.default})"
     help = f"{row.help}{default} [{row.env}]".replace("%", "%%")
     # Absent flags stay out of the way of the environment and the file.
+    if row.kind == "switch":
+        group.add_argument(
+            row.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help
+        )
+        return
     group.add_argument(
         row.flag,
         action="append" if row.kind == "list" else "store",

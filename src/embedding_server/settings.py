@@ -100,6 +100,17 @@ class Settings(BaseSettings):
 
     host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for every interface", _SERVE)
     port: int = _setting(5000, "port to listen on; 0 picks a free one", _SERVE, ge=0, le=65535)
+    uds: Path | None = _setting(
+        None, "Unix socket to listen on, instead of --host and --port", _SERVE
+    )
+    workers: int = _setting(
+        1,
+        "processes that share the port, each with the models and its share of the cores; one that "
+        "ends is replaced",
+        _SERVE,
+        ge=1,
+        le=256,
+    )
     server: Literal["uvicorn", "hypercorn"] = _setting(
         "uvicorn",
         "what speaks HTTP: uvicorn, or hypercorn: slower, but HTTP/2 too (needs the extra "
@@ -160,8 +171,62 @@ class Settings(BaseSettings):
         300_000, "tokens in one request, all its inputs together", _SERVE, ge=1
     )
     max_body_bytes: int = _setting(32 * 2**20, "bytes in a request's body", _SERVE, ge=1)
+    inference_timeout: float = _setting(
+        120.0,
+        "seconds that one batch may take; past them its requests get 503 and liveness turns red, "
+        "so that a supervisor restarts the process",
+        _SERVE,
+        gt=0,
+    )
+    drain_timeout: float = _setting(
+        30.0, "seconds that accepted requests have to finish in after SIGTERM", _SERVE, ge=0
+    )
+    header_timeout: float = _setting(
+        10.0, "seconds that a request's header may take to come", _SERVE, gt=0
+    )
+    body_timeout: float = _setting(
+        60.0, "seconds that a request's body may take to come", _SERVE, gt=0
+    )
+    idle_timeout: float = _setting(
+        75.0,
+        "seconds that a connection may be idle, or an answer go unread; longer than a load "
+        "balancer in front keeps it",
+        _SERVE,
+        gt=0,
+    )
     api_key: Secrets = _setting(
-        (), "key that requests must send as 'Authorization: Bearer KEY'; may be repeated", _SERVE
+        (),
+        "key that requests must send as 'Authorization: Bearer KEY'; may be repeated. Others on "
+        "the machine can read it in the list of processes: better --api-key-file or the "
+        "environment",
+        _SERVE,
+    )
+    api_key_file: Path | None = _setting(
+        None, "file of such keys, one a line; read again at SIGHUP", _SERVE
+    )
+    metrics_public: bool = _setting(False, "answer /metrics without a key, too", _SERVE)
+    tls_cert: Path | None = _setting(
+        None, "PEM file of a certificate to serve HTTPS with, and its chain; read again at SIGHUP",
+        _SERVE,
+    )  # fmt: skip
+    tls_key: Path | None = _setting(None, "PEM file of the key of --tls-cert", _SERVE)
+    tls_client_ca: Path | None = _setting(
+        None, "PEM file of the authorities that a client's certificate must be signed by", _SERVE
+    )
+    cors_origin: Strings = _setting(
+        (),
+        "origin whose pages may send requests from a browser, as https://app.example.com; may be "
+        "repeated; * for all",
+        _SERVE,
+    )
+    root_path: str = _setting(
+        "", "prefix that a proxy in front takes off the path, as /embeddings", _SERVE
+    )
+    otlp_endpoint: str | None = _setting(
+        None,
+        "send traces there with OpenTelemetry over HTTP, as http://localhost:4318 (needs the extra "
+        "[otlp])",
+        _SERVE,
     )
     log_format: Literal["text", "json"] = _setting(
         "text", "text for people, json for log collectors; one line a request", _ALL
@@ -296,7 +361,7 @@ class Row:
     default: object
     help: str
     commands: tuple[str, ...]
-    kind: Literal["value", "list"]
+    kind: Literal["value", "list", "switch"]
     choices: tuple[str, ...] | None
 
     @property
@@ -325,5 +390,7 @@ def rows() -> Iterator[Row]:
         )
 
 
-def _kind(field: FieldInfo) -> Literal["value", "list"]:
+def _kind(field: FieldInfo) -> Literal["value", "list", "switch"]:
+    if field.annotation is bool:
+        return "switch"
     return "list" if get_origin(field.annotation) is tuple else "value"

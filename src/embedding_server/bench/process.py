@@ -89,7 +89,9 @@ def _free_port() -> int:
 
 def _arguments(flags: Mapping[str, object]) -> Iterator[str]:
     for row, value in _given(flags):
-        if row.name not in _SECRETS:
+        if row.kind == "switch":
+            yield row.flag if value else "--no-" + row.flag.removeprefix("--")
+        elif row.name not in _SECRETS:
             for single in value if isinstance(value, list) else [value]:
                 yield f"{row.flag}={single}"
 

@@ -14,7 +14,7 @@ import httpx
 from fastapi import FastAPI
 
 from embedding_server.app import create_app
-from embedding_server.servers.base import AsgiServer, server_class
+from embedding_server.servers.base import AsgiServer, ServerOptions, server_class
 from embedding_server.settings import Settings
 
 SECONDS = 30.0
@@ -31,16 +31,14 @@ class InProcessServer:
 
 
 @contextmanager
-def serving(
-    *, wait: bool = True, drain_seconds: int = 30, **values: Any
-) -> Iterator[InProcessServer]:
+def serving(*, wait: bool = True, **values: Any) -> Iterator[InProcessServer]:
     """An application of the settings ``values``; with ``wait``, ready before the body runs."""
     settings = Settings(**values)
     app = create_app(settings)
-    server = server_class(settings.server)(app, drain_seconds=drain_seconds)
+    server = server_class(settings.server)(app, ServerOptions.from_settings(settings))
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        thread = threading.Thread(target=server.run, args=[listener])
+        thread = threading.Thread(target=server.run, args=[listener, lambda: None])
         thread.start()
         try:
             # Until it answers, there may be no event loop that could be stopped.

@@ -143,7 +143,7 @@ def test_a_request_that_never_ends_does_not_keep_the_server(
     name: str, request_head: bytes, tiny_model: Path
 ) -> None:
     with (
-        serving(model=(str(tiny_model),), server=name, drain_seconds=1) as server,
+        serving(model=(str(tiny_model),), server=name, drain_timeout=1) as server,
         connect(server.url) as connection,
     ):
         connection.sendall(request_head)
@@ -157,7 +157,7 @@ def test_a_request_that_never_ends_does_not_keep_the_server(
 def test_an_idle_connection_does_not_keep_the_server(name: str, tiny_model: Path) -> None:
     """With a drain far longer than a test would wait for."""
     with (
-        serving(model=(str(tiny_model),), server=name, drain_seconds=1000) as server,
+        serving(model=(str(tiny_model),), server=name, drain_timeout=1000) as server,
         httpx.Client(base_url=server.url) as client,
         connect(server.url),
     ):
@@ -257,7 +257,7 @@ def test_a_body_that_waits_to_be_asked_for(live: LiveServer) -> None:
 
 @pytest.mark.parametrize(
     "request_line",
-    [b"nonsense", b"GET / HTTP/9", b"GET \xff HTTP/1.1", b"GET  /  HTTP/1.1", b"\x16\x03\x01\x02"],
+    [b"nonsense", b"GET / HTTP/9", b"GET \xff HTTP/1.1", b"GET /a b HTTP/1.1", b"\x16\x03\x01\x02"],
     ids=["nonsense", "http-9", "not-ascii", "spaces", "tls"],
 )
 def test_what_is_not_http(live: LiveServer, request_line: bytes) -> None:

@@ -85,6 +85,8 @@ def create_app(
     app.state.settings = settings
     app.state.telemetry = telemetry
     app.state.registry = registry
+    app.state.draining = False
+    app.state.siblings = ""  # what is wrong with other processes of this server
     for router in (embeddings.router, models.router, health.router):
         app.include_router(router)
     add_error_handlers(app)
@@ -147,7 +149,7 @@ def _load_options(settings: Settings) -> LoadOptions:
     """How ``settings`` want models to be run."""
     return LoadOptions(
         backend=settings.backend,
-        threads=settings.threads or available_cores(),
+        threads=settings.threads or max(1, available_cores() // settings.workers),
         onnx_file=settings.onnx_file,
         max_batch_tokens=settings.max_batch_tokens,
         matryoshka=settings.matryoshka_sizes,

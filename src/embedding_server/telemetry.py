@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.multiprocess import MultiProcessCollector
 
 __all__ = ["METRICS", "Metric", "ModelMetrics", "Telemetry"]
 
@@ -33,6 +35,8 @@ class Metric:
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] | None = None
+    over_processes: Literal["livesum", "max"] = "livesum"
+    """What a gauge is, over all processes of a server."""
 
     @property
     def exposed_name(self) -> str:
@@ -76,7 +80,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("queue_tokens", "gauge", "Tokens waiting for a batch.", ("model",)),
     Metric(
         "model_info", "gauge", "Always 1; the labels tell what is served.",
-        ("model", "backend", "revision", "dims", "max_tokens"),
+        ("model", "backend", "revision", "dims", "max_tokens"), over_processes="max",
     ),
 )  # fmt: skip
 
@@ -100,23 +104,18 @@ class ModelMetrics:
 
 
 class Telemetry:
-    """One registry with every metric of one server."""
+    """One registry with every metric of one server.
+
+    With the variable ``PROMETHEUS_MULTIPROC_DIR``, which is to be set before this module is
+    imported, values stand in files of that folder, and ``exposition`` adds up over all processes
+    that use it.
+    """
 
     def __init__(self) -> None:
         # A *_created series beside each counter doubles the page and tells nobody anything.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        kinds = {"counter": Counter, "gauge": Gauge}
-        self._metrics: dict[str, Counter | Gauge | Histogram] = {}
-        for row in METRICS:
-            name = f"embedding_server_{row.name}"
-            self._metrics[row.name] = (
-                Histogram(
-                    name, row.help, row.labels, buckets=row.buckets or (), registry=self.registry
-                )
-                if row.kind == "histogram"
-                else kinds[row.kind](name, row.help, row.labels, registry=self.registry)
-            )
+        self._metrics = {row.name: _create(row, self.registry) for row in METRICS}
         self._finished: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.in_flight = self._gauge("requests_in_flight")
 
@@ -163,7 +162,11 @@ class Telemetry:
 
     def exposition(self) -> tuple[bytes, str]:
         """``(body, content type)`` in Prometheus' text format."""
-        return generate_latest(self.registry), "text/plain; version=0.0.4; charset=utf-8"
+        registry = self.registry
+        if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
+        return generate_latest(registry), "text/plain; version=0.0.4; charset=utf-8"
 
     def _counter(self, name: str) -> Counter:
         metric = self._metrics[name]
@@ -179,3 +182,17 @@ class Telemetry:
         metric = self._metrics[name]
         assert isinstance(metric, Histogram)
         return metric
+
+
+def _create(row: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
+    name = f"embedding_server_{row.name}"
+    match row.kind:
+        case "counter":
+            return Counter(name, row.help, row.labels, registry=registry)
+        case "gauge":
+            return Gauge(
+                name, row.help, row.labels, registry=registry, multiprocess_mode=row.over_processes
+            )
+        case "histogram":
+            buckets = row.buckets or ()
+            return Histogram(name, row.help, row.labels, buckets=buckets, registry=registry)

@@ -26,6 +26,10 @@ async def live() -> ServerStatus:
 async def ready(request: Request) -> ServerStatus:
     """Whether every model can be used now."""
     registry: Registry = request.app.state.registry
+    if request.app.state.draining:
+        raise NotReady("Not ready: the server is draining, and will end.")
+    if request.app.state.siblings:
+        raise NotReady(f"Not ready: {request.app.state.siblings}.")
     status = registry.status()
     if not registry.ready:
         states = ", ".join(f"{name} is {state}" for name, state in status.items())

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import logging
 import socket
+import ssl
 import uuid
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 from starlette.types import ASGIApp
 
 from embedding_server.api.errors import ErrorAnswer
 from embedding_server.errors import ConfigurationError
+from embedding_server.settings import Settings
 
-__all__ = ["KEEP_ALIVE_SECONDS", "SERVERS", "AsgiServer", "answer_to_nonsense", "server_class"]
+__all__ = ["MAX_HEADER_BYTES", "SERVERS", "AsgiServer", "ServerOptions", "refusal", "server_class"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,30 +27,59 @@ SERVERS: Mapping[str, str] = {
 }
 """Name -> ``module:Class``, imported on use."""
 
-KEEP_ALIVE_SECONDS = 75
-"""How long a connection may be idle: longer than a load balancer in front would leave it so."""
+MAX_HEADER_BYTES = 32 * 1024
+"""The request line and all header fields of one request."""
 
-_NOT_HTTP = bytes(
-    ErrorAnswer(400, "This is not a valid HTTP/1.1 request.", "invalid_request_error").body
-)
+_REASONS = {
+    400: "This is not a valid HTTP/1.1 request.",
+    408: "The request's header did not come in time.",
+    431: f"The request's header is over the limit of {MAX_HEADER_BYTES} bytes.",
+}
+_REFUSALS = {
+    status: bytes(ErrorAnswer(status, reason, "invalid_request_error").body)
+    for status, reason in _REASONS.items()
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """How to serve; times are in seconds."""
+
+    drain_timeout: float
+    """What requests under way have to finish in after ``stop``."""
+    header_timeout: float
+    """What a request's header may take to come."""
+    idle_timeout: float
+    """What a connection may be idle, or an answer go unread."""
+    tls: ssl.SSLContext | None = None
+
+    @classmethod
+    def from_settings(cls, settings: Settings, tls: ssl.SSLContext | None = None) -> Self:
+        """As ``settings`` want it."""
+        return cls(
+            drain_timeout=settings.drain_timeout,
+            header_timeout=settings.header_timeout,
+            idle_timeout=settings.idle_timeout,
+            tls=tls,
+        )
 
 
 class AsgiServer(Protocol):
     """Serves one application in this process."""
 
-    def __init__(self, app: ASGIApp, *, drain_seconds: int) -> None: ...
+    def __init__(self, app: ASGIApp, options: ServerOptions) -> None: ...
 
-    def run(self, listener: socket.socket) -> None:
-        """Serve on ``listener`` until ``stop``, SIGTERM or SIGINT, and close it.
+    def run(self, listener: socket.socket, on_start: Callable[[], None]) -> None:
+        """Serve on ``listener`` until ``stop``, and close it; signals are the caller's.
 
-        Then requests under way are finished, for up to ``drain_seconds``: a client that never
-        ends its request must not keep the server from ending. May end with the signal's
-        SystemExit or KeyboardInterrupt.
+        ``on_start`` is called in the event loop before the first request. After ``stop`` no
+        connection is accepted, and requests under way have ``drain_timeout`` to finish in: a
+        client that never ends its request must not keep the server from ending.
         """
         ...
 
     def stop(self) -> None:
-        """End as if by a signal; may be called from any thread while ``run`` runs."""
+        """May be called at any time, from any thread, and more than once."""
         ...
 
 
@@ -68,14 +100,15 @@ def server_class(name: str) -> type[AsgiServer]:
     return loaded
 
 
-def answer_to_nonsense() -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Headers and body of the 400 to what is no HTTP request; its id is in the log."""
+def refusal(status: int) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body of the answer to what is no request: 400, 408 or 431; the log has its id."""
     request_id = uuid.uuid4().hex
-    logger.info("not HTTP", extra={"fields": {"id": request_id, "status": 400}})
+    body = _REFUSALS[status]
+    logger.info("not HTTP", extra={"fields": {"id": request_id, "status": status}})
     headers = [
         (b"x-request-id", request_id.encode("ascii")),
         (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(_NOT_HTTP)),
+        (b"content-length", b"%d" % len(body)),
         (b"connection", b"close"),
     ]
-    return headers, _NOT_HTTP
+    return headers, body

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import signal
 import socket
-import threading
+import ssl
+from collections.abc import Callable
 
+import h2.events
 import h11
+import hypercorn.asyncio.run
 import hypercorn.protocol
 from h2.errors import ErrorCodes
-from h2.events import DataReceived, Event, RequestReceived
+from h2.events import DataReceived, RequestReceived
 from hypercorn.asyncio import serve
+from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
+from hypercorn.events import Event
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from starlette.types import ASGIApp
 
-from embedding_server.servers.base import KEEP_ALIVE_SECONDS, answer_to_nonsense
+from embedding_server.servers.base import MAX_HEADER_BYTES, ServerOptions, refusal
 
 try:
     from uvloop import new_event_loop
@@ -31,47 +36,76 @@ _UNLIMITED = 2**31
 
 
 class HypercornServer:
-    """See ``AsgiServer``."""
+    """See ``AsgiServer``; a request's header may take as long as a connection may be idle."""
 
-    def __init__(self, app: ASGIApp, *, drain_seconds: int) -> None:
+    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
         self._app = app
-        self._config = Config()
-        self._config.backlog = 2048
-        self._config.errorlog = logging.getLogger("hypercorn.error")
-        self._config.include_server_header = False
-        self._config.keep_alive_timeout = KEEP_ALIVE_SECONDS
-        self._config.keep_alive_max_requests = _UNLIMITED
-        self._config.graceful_timeout = drain_seconds
+        self._config = _Config(options)
         self._stopping = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def run(self, listener: socket.socket) -> None:
+    def run(self, listener: socket.socket, on_start: Callable[[], None]) -> None:
         self._config.bind = [f"fd://{listener.detach()}"]  # it closes it
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            self._loop = runner.get_loop()
-            if threading.current_thread() is threading.main_thread():
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    self._loop.add_signal_handler(number, self._stopping.set)
-            runner.run(
-                serve(
-                    self._app,  # type: ignore[arg-type]
-                    self._config,
-                    shutdown_trigger=self._stopping.wait,
-                    mode="asgi",
-                )
+
+        async def main() -> None:
+            self._loop = asyncio.get_running_loop()
+            on_start()
+            await serve(
+                self._app,  # type: ignore[arg-type]
+                self._config,
+                shutdown_trigger=self._stopping.wait,
+                mode="asgi",
             )
 
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(main())
+
     def stop(self) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._stopping.set)
+        if self._loop is None:
+            self._stopping.set()
+            return
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(self._stopping.set)
+
+
+class _Config(Config):
+    def __init__(self, options: ServerOptions) -> None:
+        self._tls = options.tls
+        self.backlog = 2048
+        self.errorlog = logging.getLogger("hypercorn.error")
+        self.include_server_header = False
+        self.h11_max_incomplete_size = MAX_HEADER_BYTES
+        self.h2_max_header_list_size = MAX_HEADER_BYTES
+        self.keep_alive_timeout = options.idle_timeout
+        self.keep_alive_max_requests = _UNLIMITED
+        self.graceful_timeout = options.drain_timeout
+
+    @property
+    def ssl_enabled(self) -> bool:
+        return self._tls is not None
+
+    def create_ssl_context(self) -> ssl.SSLContext | None:
+        return self._tls
+
+
+class _Connection(TCPServer):
+    """Gives up a client that doesn't read its answer."""
+
+    async def protocol_send(self, event: Event) -> None:
+        try:
+            async with asyncio.timeout(self.config.keep_alive_timeout):
+                await super().protocol_send(event)
+        except TimeoutError:
+            self.writer.transport.abort()
 
 
 class _Http1(H11Protocol):
     """Answers nonsense in our error shape, and offers of anything but HTTP/2 in HTTP/1.1."""
 
     async def _send_error_response(self, status_code: int) -> None:
-        headers, body = answer_to_nonsense()
-        await self._send_h11_event(h11.Response(status_code=400, headers=headers))
+        status = 431 if status_code == 431 else 400
+        headers, body = refusal(status)
+        await self._send_h11_event(h11.Response(status_code=status, headers=headers))
         await self._send_h11_event(h11.Data(data=body))
         await self._send_h11_event(h11.EndOfMessage())
 
@@ -94,7 +128,7 @@ class _Http1(H11Protocol):
 class _Http2(H2Protocol):
     """Outlives requests that are answered before all of their body has come, and strange ones."""
 
-    async def _handle_events(self, events: list[Event]) -> None:
+    async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
             if isinstance(event, DataReceived) and event.stream_id not in self.streams:
                 self.connection.acknowledge_received_data(
@@ -116,3 +150,4 @@ def _is_strange(request: RequestReceived) -> bool:
 # There is no setting for them.
 hypercorn.protocol.H11Protocol = _Http1  # type: ignore[attr-defined]
 hypercorn.protocol.H2Protocol = _Http2  # type: ignore[attr-defined]
+hypercorn.asyncio.run.TCPServer = _Connection  # type: ignore[attr-defined]

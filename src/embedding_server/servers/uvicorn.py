@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import http
 import socket
+from collections.abc import Callable
+from typing import Any
 
 import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from embedding_server.servers.base import KEEP_ALIVE_SECONDS, answer_to_nonsense
+from embedding_server.servers.base import MAX_HEADER_BYTES, ServerOptions, refusal
 
 __all__ = ["UvicornServer"]
 
@@ -17,8 +22,20 @@ __all__ = ["UvicornServer"]
 class UvicornServer:
     """See ``AsgiServer``."""
 
-    def __init__(self, app: ASGIApp, *, drain_seconds: int) -> None:
-        config = uvicorn.Config(
+    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
+        self._server = _Server(_Config(app, options))
+
+    def run(self, listener: socket.socket, on_start: Callable[[], None]) -> None:
+        self._server.on_start = on_start
+        self._server.run(sockets=[listener])
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+class _Config(uvicorn.Config):
+    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
+        super().__init__(
             app,
             http=_Http1,
             ws="none",
@@ -27,32 +44,94 @@ class UvicornServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,  # nothing here asks who the client is
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=drain_seconds,
         )
-        self._server = uvicorn.Server(config)
+        self.options = options
+        self.draining = False
 
-    def run(self, listener: socket.socket) -> None:
-        # uvicorn ends well on a signal, and then raises it again.
-        self._server.run(sockets=[listener])
+    def load(self) -> None:
+        super().load()
+        self.ssl = self.options.tls
+
+
+class _Server(uvicorn.Server):
+    """Goes on answering on the connections there are, while requests under way finish."""
+
+    config: _Config
+    on_start: Callable[[], None]
+
+    def __init__(self, config: _Config) -> None:
+        super().__init__(config)
+        self.servers = []
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def stop(self) -> None:
-        self._server.should_exit = True
+        self.should_exit = True
+        if self._loop is not None:  # at once, and not at uvicorn's next look
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._stop_listening)
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.on_start()
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stop_listening()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.config.options.drain_timeout
+        while (tasks := set(self.server_state.tasks)) and loop.time() < end:
+            await asyncio.wait(tasks, timeout=end - loop.time())
+        # What is left is cancelled, and told so by the application.
+        self.config.timeout_graceful_shutdown = max(0, end - loop.time())  # type: ignore[assignment]
+        await super().shutdown(sockets)
+
+    def _stop_listening(self) -> None:
+        self.config.draining = True
+        for server in self.servers:
+            server.close()
 
 
 class _Http1(HttpToolsProtocol):
-    """Answers a client that offers another protocol in HTTP/1.1, and nonsense in our error shape.
+    """HTTP/1.1 for clients that are slow, greedy or confused, and for those that offer HTTP/2.
 
-    Java's HttpClient offers HTTP/2 with every request; httptools then takes the end of the
-    headers for the end of the request and loses the body (uvicorn issue 2722).
+    A header that is too long or takes too long is refused, a connection that is idle or doesn't
+    read its answer is closed, and nonsense is answered in our error shape. A client that offers
+    another protocol is answered in HTTP/1.1: Java's HttpClient offers HTTP/2 with every request;
+    httptools then takes the end of the headers for the end of the request and loses the body
+    (uvicorn issue 2722).
     """
 
-    def data_received(self, data: bytes) -> None:
+    config: _Config
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.timeout_keep_alive = self.config.options.idle_timeout  # type: ignore[assignment]
+        self._in_head = False
+        self._head_bytes = 0
+        self._head_timer = _Timer(self.loop)
+        self._unread_timer = _Timer(self.loop)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
         self._unset_keepalive_if_required()
+        self._head_timer.stop()
+        self._unread_timer.stop()
+
+    def data_received(self, data: bytes) -> None:
+        size = len(data)
         while data:
             try:
                 self.parser.feed_data(data)
-                return
+                break
             except httptools.HttpParserUpgrade as offer:
                 if self.parser.get_method() == b"CONNECT":  # always an offer, and never for us
                     self.send_400_response("")
@@ -62,12 +141,78 @@ class _Http1(HttpToolsProtocol):
             except httptools.HttpParserError:
                 self.send_400_response("")
                 return
+        if self._in_head:
+            self._await_head(size)
+
+    def on_message_begin(self) -> None:
+        # Only a new request ends the idle time: the rest of a body that nobody waits for doesn't.
+        self._unset_keepalive_if_required()
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._head_timer.stop()
+        super().on_headers_complete()
+        if self.config.draining and self.cycle is not None:
+            self.cycle.keep_alive = False
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing() and self.transport.get_write_buffer_size():
+            self._await_reader()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()  # closing would wait for the reader
+        else:
+            super().timeout_keep_alive_handler()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._unread_timer.stop()
 
     def send_400_response(self, msg: str) -> None:
-        headers, body = answer_to_nonsense()
-        head = b"".join(b"%b: %b\r\n" % header for header in headers)
-        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n%b\r\n%b" % (head, body))
-        self.transport.close()
+        self._refuse(400)
+
+    def _await_head(self, size: int) -> None:
+        """Part of a header has come: the rest must not take for ever, nor all memory."""
+        if not self._head_timer.running:
+            self._head_bytes = 0
+            self._head_timer.start(self.config.options.header_timeout, self._refuse, 408)
+        # Of the first part it is not known how much belongs to earlier requests.
+        elif (head_bytes := self._head_bytes + size) > MAX_HEADER_BYTES:
+            self._refuse(431)
+        else:
+            self._head_bytes = head_bytes
+
+    def _await_reader(self) -> None:
+        if not self._unread_timer.running:
+            self._unread_timer.start(self.config.options.idle_timeout, self.transport.abort)
+
+    def _refuse(self, status: int) -> None:
+        if self.transport.is_closing():
+            return
+        if self._can_answer():
+            headers, body = refusal(status)
+            line = b"HTTP/1.1 %d %b" % (status, http.HTTPStatus(status).phrase.encode("ascii"))
+            head = b"".join(b"%b: %b\r\n" % header for header in headers)
+            self.transport.write(b"%b\r\n%b\r\n%b" % (line, head, body))
+            self.transport.close()
+        else:  # it would be taken for the answer to the request before, which closes now
+            self.cycle.keep_alive = False
+
+    def _can_answer(self) -> bool:
+        """Whether an answer would be taken for that of the request which is coming in."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return True
+        in_body = cycle.more_body and not self._in_head
+        return in_body and not cycle.response_started and not self.pipeline
 
     def _should_upgrade(self) -> bool:
         """Asked about each offer, before ``data_received`` hears of it: begin no request yet."""
@@ -78,3 +223,25 @@ class _Http1(HttpToolsProtocol):
         lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
         lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
         return b"\r\n".join([*lines, b"", b""])
+
+
+class _Timer:
+    """Calls something once, unless it is stopped before."""
+
+    __slots__ = ("_handle", "_loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._handle: asyncio.TimerHandle | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._handle is not None
+
+    def start(self, seconds: float, call: Callable[..., object], *arguments: object) -> None:
+        self._handle = self._loop.call_later(seconds, call, *arguments)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None

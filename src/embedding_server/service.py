@@ -1,0 +1,126 @@
+"""One process that serves: its signals, its files that are read again, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable
+
+from embedding_server.app import create_app
+from embedding_server.errors import ConfigurationError
+from embedding_server.models.registry import Registry
+from embedding_server.servers.base import ServerOptions, server_class
+from embedding_server.servers.tls import ReloadableContext
+from embedding_server.settings import Settings
+
+__all__ = ["Service"]
+
+logger = logging.getLogger(__name__)
+
+# Net allocations between collections of garbage, against Python's own 700: a request leaves none
+# in circles, and looking for it took 4 % of a core (docs/performance.md).
+_GC_ALLOCATIONS = 5_000
+
+_PROTOCOLS = {"uvicorn": ["http/1.1"], "hypercorn": ["h2", "http/1.1"]}
+"""What each server speaks over TLS, by its name for ALPN."""
+
+
+class Service:
+    """The application under an ASGI server.
+
+    ``on_start`` is called in the event loop before the first request, ``on_loaded`` when all
+    models are loaded. Raises ConfigurationError for what ``settings`` can't mean, and
+    ModelUnavailable for a --model that can't be understood.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        on_start: Callable[[], None] = lambda: None,
+        on_loaded: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._on_start = on_start
+        self._on_loaded = on_loaded
+        self._load_error: Exception | None = None
+        self._told_to_end = False
+        make_server = server_class(settings.server)
+        self._tls: ReloadableContext | None = None
+        if settings.tls_cert is not None:
+            self._tls = ReloadableContext(
+                settings.tls_cert,
+                settings.tls_key,
+                settings.tls_client_ca,
+                protocols=_PROTOCOLS[settings.server],
+            )
+        self.app = create_app(settings, on_loaded=self._loaded, on_load_error=self._not_loaded)
+        self._server = make_server(self.app, ServerOptions.from_settings(settings, self._tls))
+
+    def run(self, listener: socket.socket) -> int:
+        """Serve on ``listener`` until drained; the exit code.
+
+        Raises ModelError if the models can't be served.
+        """
+        gc.set_threshold(_GC_ALLOCATIONS)
+        _allow_many_connections()
+        self._server.run(listener, self._start)
+        registry: Registry = self.app.state.registry
+        if registry.loading:
+            # Its thread is in the middle of native code, which the interpreter's end would abort.
+            logging.shutdown()
+            os._exit(0)
+        if self._load_error is not None:
+            raise self._load_error
+        return 0
+
+    def drain(self) -> None:
+        """Turn readiness red, accept no connection any more, finish what is under way and end."""
+        self.app.state.draining = True
+        self._server.stop()
+
+    def reload(self) -> None:
+        """Read certificates again; what can't be used is told, and the old goes on."""
+        if self._tls is not None:
+            try:
+                self._tls.reload()
+                logger.info("the TLS files are read again")
+            except ConfigurationError as error:
+                logger.error("The old TLS files stay in use. %s", error)
+
+    def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, number)
+        if hasattr(signal, "SIGHUP"):
+            loop.add_signal_handler(signal.SIGHUP, self.reload)
+        self._on_start()
+
+    def _end(self, number: int) -> None:
+        if self._told_to_end:
+            logger.warning("told twice to end: requests under way are cut")
+            logging.shutdown()
+            os._exit(128 + number)
+        self._told_to_end = True
+        logger.info("draining: requests under way are finished")
+        self.drain()
+
+    def _loaded(self) -> None:
+        self._on_loaded()
+        # What lives as long as the process needn't be looked at in every collection of garbage.
+        gc.collect()
+        gc.freeze()
+
+    def _not_loaded(self, error: Exception) -> None:
+        self._load_error = error
+        self.drain()
+
+
+def _allow_many_connections() -> None:
+    """Each takes a file descriptor; the soft limit is often a thousand and may be raised."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,0 +1,206 @@
+"""``--workers``: several processes behind one port; one that ends is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+from asyncio.subprocess import PIPE, Process
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from embedding_server.errors import ConfigurationError
+from embedding_server.settings import Settings
+
+__all__ = ["Supervisor"]
+
+logger = logging.getLogger(__name__)
+
+# A worker that lived this long doesn't keep ending.
+_STEADY_SECONDS = 30.0
+
+# Waits before a worker that keeps ending is started again: doubled each time.
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
+
+# So many ends in a row are a crash loop: readiness says so.
+_LOOP = 3
+
+# Over --drain-timeout, in which a worker cuts what is under way and ends by itself.
+_KILL_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class _Worker:
+    number: int
+    ends: int = 0
+    """In a row, none of which came late."""
+    process: Process | None = None
+    control: asyncio.StreamWriter | None = None
+
+    def command(self, line: str) -> None:
+        if self.control is not None and not self.control.is_closing():
+            self.control.write(line.encode() + b"\n")
+
+
+@dataclass(slots=True)
+class _State:
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+    was_ready: bool = False
+    """Whether any worker ever was."""
+    failure: str | None = None
+    """Why none could start."""
+    signals: int = 0
+
+
+class Supervisor:
+    """Starts ``settings.workers`` processes that accept from one socket, and minds them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._workers = [_Worker(number) for number in range(1, settings.workers + 1)]
+        self._state = _State()
+
+    def run(self, listener: socket.socket) -> int:
+        """Keep the workers running until told to stop; the exit code.
+
+        Raises ConfigurationError if they can't be started at all.
+        """
+        try:
+            metrics = tempfile.TemporaryDirectory(prefix="embedding-server-")
+        except OSError as error:
+            raise ConfigurationError(
+                f"--workers needs a folder for metrics, and none can be made: {error.strerror}. "
+                "Set TMPDIR to one that can be written to."
+            ) from None
+        with metrics as folder:
+            return asyncio.run(self._run(listener, Path(folder)))
+
+    async def _run(self, listener: socket.socket, metrics: Path) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, number)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        keepers = [
+            asyncio.create_task(self._keep(worker, listener, metrics)) for worker in self._workers
+        ]
+        await self._state.draining.wait()
+        listener.close()
+        for worker in self._workers:
+            worker.command("drain")
+        _, late = await asyncio.wait(keepers, timeout=self._settings.drain_timeout + _KILL_SECONDS)
+        if late:
+            logger.error("%d workers did not end in time, and are killed", len(late))
+            self._kill()
+            await asyncio.wait(late)
+        if self._state.failure is not None:
+            raise ConfigurationError(self._state.failure)
+        return 0
+
+    async def _keep(self, worker: _Worker, listener: socket.socket, metrics: Path) -> None:
+        """Run ``worker``, again and again."""
+        state = self._state
+        while not state.draining.is_set():
+            code = await self._run_once(worker, listener, metrics)
+            if state.draining.is_set():
+                return
+            if not state.was_ready and state.failure is not None:
+                state.draining.set()  # nothing would be better the next time
+                return
+            worker.ends += 1
+            wait = min(_FIRST_WAIT * 2 ** (worker.ends - 1), _LONGEST_WAIT)
+            logger.error(
+                "worker %d ended with %s; it is started again in %g s",
+                *(worker.number, _told(code), wait),
+            )
+            self._tell_siblings()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(state.draining.wait(), wait)
+
+    async def _run_once(self, worker: _Worker, listener: socket.socket, metrics: Path) -> int:
+        """Run ``worker`` from its start to its end; its exit code."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            descriptors = (listener.fileno(), theirs.fileno())
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "embedding_server.worker", *map(str, descriptors)),
+                stdin=PIPE,
+                pass_fds=descriptors,
+                env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(metrics)},
+            )
+        reader, worker.control = await asyncio.open_connection(sock=ours)
+        worker.process = process
+        assert process.stdin is not None
+        process.stdin.write(pickle.dumps(dict(self._settings)))
+        process.stdin.close()
+        self._tell_siblings()
+        steady = asyncio.get_running_loop().call_later(_STEADY_SECONDS, self._steady, worker)
+        try:
+            with contextlib.suppress(ConnectionError):  # it was killed
+                async for line in reader:
+                    self._hear(worker, line.decode().strip())
+            return await process.wait()
+        finally:
+            steady.cancel()
+            worker.process = None
+            worker.control.close()
+            _forget_metrics(process.pid, metrics)
+
+    def _hear(self, worker: _Worker, line: str) -> None:
+        what, _, message = line.partition(" ")
+        if what == "ready":
+            self._state.was_ready = True
+            assert worker.process is not None
+            logger.info("worker %d is ready (process %d)", worker.number, worker.process.pid)
+        elif what == "failed":
+            self._state.failure = json.loads(message)
+
+    def _steady(self, worker: _Worker) -> None:
+        worker.ends = 0
+        self._tell_siblings()
+
+    def _end(self, number: int) -> None:
+        self._state.signals += 1
+        if self._state.signals > 1:
+            logger.warning("told twice to end: requests under way are cut")
+            self._kill()
+            logging.shutdown()
+            os._exit(128 + number)
+        logger.info("draining: requests under way are finished")
+        self._state.draining.set()
+
+    def _reload(self) -> None:
+        for worker in self._workers:
+            worker.command("reload")
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            if worker.process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    worker.process.kill()
+
+    def _tell_siblings(self) -> None:
+        """Let every worker's readiness say whether one of them keeps ending."""
+        looping = [worker for worker in self._workers if worker.ends >= _LOOP]
+        told = "; ".join(
+            f"worker {worker.number} of {len(self._workers)} has ended {worker.ends} times in a row"
+            for worker in looping
+        )
+        for worker in self._workers:
+            worker.command(f"siblings {json.dumps(told)}")
+
+
+def _told(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+
+
+def _forget_metrics(pid: int, folder: Path) -> None:
+    """Gauges of a process that has ended count no longer; its counters do."""
+    for file in folder.glob(f"gauge_live*_{pid}.db"):
+        file.unlink(missing_ok=True)

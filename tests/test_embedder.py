@@ -20,7 +20,7 @@ from live import environment
 from numpy.typing import NDArray
 
 from embedding_server import Embedder
-from embedding_server.engine.engine import EmbedParams
+from embedding_server.engine.parameters import EmbedParams
 from embedding_server.errors import (
     ConfigurationError,
     ContextLengthExceeded,

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from embedding_server.engine.batch import Batch, Encoding, Entry
 from embedding_server.engine.cores import Cores
-from embedding_server.engine.engine import Embeddings, EmbedParams, Engine, Limits
+from embedding_server.engine.engine import Embeddings, Engine, Limits
 from embedding_server.engine.info import ModelInfo
+from embedding_server.engine.parameters import EmbedParams
 from embedding_server.engine.postprocess import normalize
 from embedding_server.engine.scheduler import Scheduler
 from embedding_server.errors import (

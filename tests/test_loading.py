@@ -16,7 +16,7 @@ from test_backends import export_onnx
 from tiny_models import TinyModel, load_reference, make_bert, make_nomic_bert, make_static
 
 from embedding_server import Embedder
-from embedding_server.engine.engine import EmbedParams
+from embedding_server.engine.parameters import EmbedParams
 from embedding_server.errors import InvalidRequest, ModelNotSupported, ModelUnavailable
 from embedding_server.models.catalog import CATALOG
 

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from embedding_server import __version__
 from embedding_server.api import embeddings, health, models
+from embedding_server.api.body import BodyBudget
 from embedding_server.api.documentation import use_own_openapi
 from embedding_server.api.errors import add_error_handlers
 from embedding_server.api.middleware import ApiKeyMiddleware, DirectRoutes, RequestMiddleware
@@ -87,6 +88,7 @@ def create_app(
     app.state.registry = registry
     app.state.draining = False
     app.state.siblings = ""  # what is wrong with other processes of this server
+    app.state.bodies = BodyBudget(settings.max_body_bytes)
     for router in (embeddings.router, models.router, health.router):
         app.include_router(router)
     add_error_handlers(app)
@@ -153,6 +155,7 @@ def _load_options(settings: Settings) -> LoadOptions:
         onnx_file=settings.onnx_file,
         max_batch_tokens=settings.max_batch_tokens,
         matryoshka=settings.matryoshka_sizes,
+        inference_timeout=settings.inference_timeout,
         limits=Limits(
             max_concurrent_requests=settings.max_concurrent_requests,
             max_queued_tokens=settings.max_queued_tokens,

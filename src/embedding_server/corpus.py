@@ -17,7 +17,8 @@ import orjson
 from tqdm import tqdm
 
 from embedding_server.embedder import Embedder
-from embedding_server.engine.engine import Embeddings, EmbedParams
+from embedding_server.engine.engine import Embeddings
+from embedding_server.engine.parameters import EmbedParams
 from embedding_server.errors import ConfigurationError, EmbeddingServerError, InvalidRequest
 from embedding_server.settings import Settings
 from embedding_server.writers import Writer, writer_for

@@ -15,8 +15,9 @@ from typing import Any, ParamSpec, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from embedding_server.engine.engine import Embeddings, EmbedParams, Engine, Limits
+from embedding_server.engine.engine import Embeddings, Engine, Limits
 from embedding_server.engine.info import ModelInfo
+from embedding_server.engine.parameters import EmbedParams
 from embedding_server.engine.postprocess import OutputDtype, postprocess
 from embedding_server.engine.tokenizer import Input
 from embedding_server.errors import ConfigurationError, NotReady

@@ -10,8 +10,11 @@
     │   ├── UnsupportedContent        the body is not plain JSON
     │   └── Unauthenticated           a key is needed, and none or a wrong one came
     ├── Overloaded                    the queue is full; says when to come back
+    ├── DeadlineExceeded              the time that the client gave its request is over
     ├── NotReady                      starting, draining, or the model's engine has died
+    │   └── InferenceTimedOut         a batch hangs, and what needs its cores can't go on
     ├── InferenceFailed               a batch failed, or gave values that are not finite
+    ├── OutOfMemory                   no memory for an input, even alone
     ├── ConfigurationError            a setting, or a mix of settings, that can't work
     └── ModelError                    a model that can't be had or can't be run
         ├── ModelUnavailable          its files are neither here nor to be fetched
@@ -24,14 +27,17 @@ __all__ = [
     "BodyTooLarge",
     "ConfigurationError",
     "ContextLengthExceeded",
+    "DeadlineExceeded",
     "EmbeddingServerError",
     "InferenceFailed",
+    "InferenceTimedOut",
     "InvalidRequest",
     "ModelError",
     "ModelNotFound",
     "ModelNotSupported",
     "ModelUnavailable",
     "NotReady",
+    "OutOfMemory",
     "Overloaded",
     "Unauthenticated",
     "UnsupportedContent",
@@ -39,15 +45,19 @@ __all__ = [
 
 
 class EmbeddingServerError(Exception):
-    """The root: ``str(error)`` is one or two sentences that a user can act on."""
+    """The root: ``str(error)`` is one or two sentences that a user can act on.
+
+    ``code`` is a stable identifier for programs, or None.
+    """
+
+    code: str | None = None
 
 
 class InvalidRequest(EmbeddingServerError):
     """The request can't be served as it is.
 
-    ``param`` is the name of the request's field at fault, ``code`` a stable identifier for
-    programs and ``index`` the input's place; each may be None. ``reason`` is the message
-    without that place.
+    ``param`` is the name of the request's field at fault and ``index`` the input's place; each
+    may be None. ``reason`` is the message without that place.
     """
 
     default_code: str | None = None
@@ -103,12 +113,30 @@ class Overloaded(EmbeddingServerError):
         self.retry_after = retry_after
 
 
+class DeadlineExceeded(EmbeddingServerError):
+    """The time that the client gave its request is over."""
+
+    code = "deadline_exceeded"
+
+
 class NotReady(EmbeddingServerError):
     """The server or the model can't take requests now."""
 
 
+class InferenceTimedOut(NotReady):
+    """A batch is over its time, and holds the cores that this request needs."""
+
+    code = "inference_timeout"
+
+
 class InferenceFailed(EmbeddingServerError):
     """A batch raised, or its vectors were not finite; other batches go on."""
+
+
+class OutOfMemory(EmbeddingServerError):
+    """There was no memory for an input, even alone; others go on."""
+
+    code = "out_of_memory"
 
 
 class ConfigurationError(EmbeddingServerError):

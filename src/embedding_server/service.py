@@ -70,7 +70,7 @@ class Service:
         _allow_many_connections()
         self._server.run(listener, self._start)
         registry: Registry = self.app.state.registry
-        if registry.loading:
+        if registry.loading or registry.stuck:
             # Its thread is in the middle of native code, which the interpreter's end would abort.
             logging.shutdown()
             os._exit(0)

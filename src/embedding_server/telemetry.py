@@ -76,6 +76,15 @@ METRICS: tuple[Metric, ...] = (
         ("model",),
     ),
     Metric("failed_batches", "counter", "Batches that failed in the backend.", ("model",)),
+    Metric(
+        "timed_out_batches", "counter", "Batches that took longer than --inference-timeout.",
+        ("model",),
+    ),
+    Metric(
+        "out_of_memory", "counter",
+        "Batches that ran out of memory, and were halved and tried again.",
+        ("model",),
+    ),
     Metric("queue_requests", "gauge", "Requests waiting or being computed.", ("model",)),
     Metric("queue_tokens", "gauge", "Tokens waiting for a batch.", ("model",)),
     Metric(
@@ -99,6 +108,8 @@ class ModelMetrics:
     batch_tokens: Histogram
     padding_tokens: Counter
     failed_batches: Counter
+    timed_out_batches: Counter
+    out_of_memory: Counter
     queue_requests: Gauge
     queue_tokens: Gauge
 
@@ -132,6 +143,8 @@ class Telemetry:
             batch_tokens=self._histogram("batch_tokens").labels(name),
             padding_tokens=self._counter("padding_tokens").labels(name),
             failed_batches=self._counter("failed_batches").labels(name),
+            timed_out_batches=self._counter("timed_out_batches").labels(name),
+            out_of_memory=self._counter("out_of_memory").labels(name),
             queue_requests=self._gauge("queue_requests").labels(name),
             queue_tokens=self._gauge("queue_tokens").labels(name),
         )

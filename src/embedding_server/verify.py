@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from embedding_server.backends.torch import load_sentence_transformer
 from embedding_server.embedder import Embedder
-from embedding_server.engine.engine import EmbedParams
+from embedding_server.engine.parameters import EmbedParams
 from embedding_server.engine.postprocess import normalize
 
 __all__ = ["TEXTS", "TOLERANCE", "Verification", "print_verification", "verify_vectors"]

@@ -20,6 +20,7 @@ ERROR_REASONS = {
     429: "The queue is full; `Retry-After` says when to come back, in seconds.",
     500: "A fault of the server's, logged with the request id.",
     503: "Starting, draining, or the model can't be used now.",
+    504: "The time that `x-request-timeout` gave the request is over.",
 }
 
 _RETRY_AFTER = {
@@ -57,6 +58,16 @@ _CLIENT_REQUEST_ID = {
 }
 
 
+_REQUEST_TIMEOUT = {
+    "name": "x-request-timeout",
+    "in": "header",
+    "required": False,
+    "description": "seconds that the client will wait, as 2.5; past them the answer is a 504, and "
+    "what still waits of the request is not computed",
+    "schema": {"type": "number", "exclusiveMinimum": 0},
+}
+
+
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The ``responses`` of a route that can answer these errors."""
     return {
@@ -70,9 +81,10 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def json_body(schema: type[OpenAIEmbeddingsRequest]) -> dict[str, Any]:
-    """``openapi_extra`` of a route that reads ``schema`` from the body by itself."""
+    """``openapi_extra`` of a route that reads ``schema`` and a deadline by itself."""
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
-    return {"requestBody": {"required": True, "content": content}}
+    body = {"required": True, "content": content}
+    return {"requestBody": body, "parameters": [_REQUEST_TIMEOUT]}
 
 
 def use_own_openapi(app: FastAPI) -> None:
@@ -101,7 +113,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            operation.setdefault("parameters", []).append(_CLIENT_REQUEST_ID)
+            operation["parameters"] = [*operation.get("parameters", ()), _CLIENT_REQUEST_ID]
             # Path parameters are any string, so FastAPI's own 422 can't happen.
             operation["responses"].pop("422", None)
             for response in operation["responses"].values():

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
-from embedding_server.api.body import read_body
+from embedding_server.api.body import Body
+from embedding_server.api.deadline import within_deadline
 from embedding_server.api.documentation import errors, json_body
 from embedding_server.api.encoding import encode_embeddings
 from embedding_server.api.middleware import Endpoint
@@ -22,7 +23,7 @@ from embedding_server.api.schemas import (
     Schema,
     parse,
 )
-from embedding_server.engine.engine import EmbedParams
+from embedding_server.engine.parameters import EmbedParams
 from embedding_server.errors import InvalidRequest
 from embedding_server.models.registry import Registry
 from embedding_server.settings import Settings
@@ -38,7 +39,7 @@ _INLINE_BYTES = 256 * 1024
 # Up to here an answer is serialised in well under a millisecond, in the event loop.
 _INLINE_VALUES = 32 * 1024
 
-_ERRORS = errors(400, 401, 404, 413, 415, 429, 500, 503)
+_ERRORS = errors(400, 401, 404, 413, 415, 429, 500, 503, 504)
 
 
 def _responses(schema: type[Any]) -> dict[int | str, dict[str, Any]]:
@@ -67,17 +68,7 @@ def _responses(schema: type[Any]) -> dict[int | str, dict[str, Any]]:
 )
 async def embeddings(request: Request) -> Response:
     """Turns each input into one vector; the answer keeps their order."""
-    settings: Settings = request.app.state.settings
-    query = await _parse(EmbeddingsRequest, await read_body(request, settings.max_body_bytes))
-    params = EmbedParams(
-        dimensions=query.dimensions,
-        input_type=query.input_type,
-        prompt=query.prompt,
-        truncate=query.truncate is not False,
-        normalize=query.normalize is not False,
-        output_dtype=query.output_dtype or "float",
-    )
-    return await _answer(request, query, params, openai=False)
+    return await within_deadline(_embeddings, request)
 
 
 @router.post(
@@ -89,9 +80,7 @@ async def embeddings(request: Request) -> Response:
 )
 async def openai_embeddings(request: Request) -> Response:
     """Takes and answers only what OpenAI documents."""
-    settings: Settings = request.app.state.settings
-    query = await _parse(OpenAIEmbeddingsRequest, await read_body(request, settings.max_body_bytes))
-    return await _answer(request, query, EmbedParams(dimensions=query.dimensions), openai=True)
+    return await within_deadline(_openai_embeddings, request)
 
 
 DIRECT: Mapping[tuple[str, str], Endpoint] = {
@@ -99,6 +88,32 @@ DIRECT: Mapping[tuple[str, str], Endpoint] = {
     ("POST", "/openai/v1/embeddings"): openai_embeddings,
 }
 """The routes that are called by the thousand."""
+
+
+async def _embeddings(request: Request) -> Response:
+    body = Body(request.app.state.bodies)
+    try:
+        query = await _parse(EmbeddingsRequest, await body.read(request))
+        params = EmbedParams(
+            dimensions=query.dimensions,
+            input_type=query.input_type,
+            prompt=query.prompt,
+            truncate=query.truncate is not False,
+            normalize=query.normalize is not False,
+            output_dtype=query.output_dtype or "float",
+        )
+        return await _answer(request, query, params, openai=False)
+    finally:
+        body.close()
+
+
+async def _openai_embeddings(request: Request) -> Response:
+    body = Body(request.app.state.bodies)
+    try:
+        query = await _parse(OpenAIEmbeddingsRequest, await body.read(request))
+        return await _answer(request, query, EmbedParams(dimensions=query.dimensions), openai=True)
+    finally:
+        body.close()
 
 
 async def _parse(schema: type[Schema], body: bytes) -> Schema:

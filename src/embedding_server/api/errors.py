@@ -18,14 +18,17 @@ from embedding_server.errors import (
     BodyTooLarge,
     ConfigurationError,
     ContextLengthExceeded,
+    DeadlineExceeded,
     EmbeddingServerError,
     InferenceFailed,
+    InferenceTimedOut,
     InvalidRequest,
     ModelError,
     ModelNotFound,
     ModelNotSupported,
     ModelUnavailable,
     NotReady,
+    OutOfMemory,
     Overloaded,
     Unauthenticated,
     UnsupportedContent,
@@ -47,9 +50,12 @@ ERROR_STATUS: Mapping[type[EmbeddingServerError], tuple[int, str]] = {
     ConfigurationError: (500, "server_error"),
     EmbeddingServerError: (500, "server_error"),
     NotReady: (503, "service_unavailable"),
+    InferenceTimedOut: (503, "service_unavailable"),
+    OutOfMemory: (503, "service_unavailable"),
     ModelError: (503, "service_unavailable"),
     ModelUnavailable: (503, "service_unavailable"),
     ModelNotSupported: (503, "service_unavailable"),
+    DeadlineExceeded: (504, "timeout_error"),
 }
 """Status and ``type`` of every exception of ours."""
 
@@ -89,12 +95,12 @@ def error_answer(error: EmbeddingServerError) -> ErrorAnswer:
     headers = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(math.ceil(error.retry_after))
-    if isinstance(error, NotReady):
+    if isinstance(error, NotReady | OutOfMemory):
         headers["retry-after"] = "1"
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
-    param, code = (error.param, error.code) if isinstance(error, InvalidRequest) else (None, None)
-    return ErrorAnswer(status, str(error), kind, param=param, code=code, headers=headers)
+    param = error.param if isinstance(error, InvalidRequest) else None
+    return ErrorAnswer(status, str(error), kind, param=param, code=error.code, headers=headers)
 
 
 def fault_answer(scope: Scope, error: Exception) -> ErrorAnswer:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from embedding_server.api.documentation import errors
 from embedding_server.api.schemas import ServerStatus
-from embedding_server.errors import NotReady
+from embedding_server.errors import InferenceTimedOut, NotReady
 from embedding_server.models.registry import Registry
 from embedding_server.telemetry import Telemetry
 
@@ -15,9 +15,20 @@ __all__ = ["router"]
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/health/live", summary="Is it alive?", response_model_exclude_none=True)
-async def live() -> ServerStatus:
-    """Whether the process answers at all; never waits on inference."""
+@router.get(
+    "/health/live",
+    summary="Is it alive?",
+    response_model_exclude_none=True,
+    responses=errors(503),
+)
+async def live(request: Request) -> ServerStatus:
+    """Whether the process answers at all and no batch hangs; never waits on inference."""
+    registry: Registry = request.app.state.registry
+    if registry.hung:
+        raise InferenceTimedOut(
+            f"A batch of {' and '.join(registry.hung)} has taken longer than --inference-timeout "
+            "and may never end: restart the process."
+        )
     return ServerStatus(status="live")
 
 

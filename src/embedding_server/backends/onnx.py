@@ -29,6 +29,9 @@ _FILE_BATCH_TOKENS = 512
 _COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "mpnet", "camembert", "xlm-roberta-xl")
 _STATES = ("last_hidden_state", "token_embeddings")
 
+# What its exceptions say then; they have no type of their own for it.
+_NO_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory")
+
 
 class PackedBackend:
     """The graph that ``build_graph`` makes of config and weights.
@@ -71,8 +74,7 @@ class PackedBackend:
     def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
         """float32 [len(batch), dims]; see ``Backend.embed``."""
         session = self._wide if wide else self._session
-        (states,) = session.run(["states"], self._inputs.of(batch))
-        return self._head(states, batch)
+        return self._head(_run(session, "states", self._inputs.of(batch)), batch)
 
 
 class OnnxFileBackend:
@@ -130,7 +132,7 @@ class OnnxFileBackend:
             "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
         }
         feeds = {name: value for name, value in feeds.items() if name in self._inputs}
-        (states,) = self._session.run([self._states], feeds)
+        states = _run(self._session, self._states, feeds)
         return self._head(states[mask.astype(bool)], batch)
 
 
@@ -144,6 +146,17 @@ def onnx_model_file(pipeline: Pipeline, name: str | None) -> Path:
         if inside and (folder / relative).is_file():
             return folder / relative
     raise ModelNotSupported(f"{folder} has no {name or ONNX_FILES[0]}.")
+
+
+def _run(session: onnxruntime.InferenceSession, output: str, feeds: dict[str, Any]) -> Any:
+    """The ``output`` of the graph; raises MemoryError where memory ran out."""
+    try:
+        return session.run([output], feeds)[0]
+    except Exception as error:  # its exceptions share no base class of their own
+        message = str(error)
+        if not any(said in message for said in _NO_MEMORY):
+            raise
+    raise MemoryError(message)
 
 
 def _packed_session(graph: Graph, threads: int) -> onnxruntime.InferenceSession:
@@ -167,7 +180,8 @@ def _session_options(threads: int) -> onnxruntime.SessionOptions:
     session_options = onnxruntime.SessionOptions()
     session_options.intra_op_num_threads = threads
     session_options.inter_op_num_threads = 1
-    session_options.log_severity_level = 3  # errors; its warnings say nothing to our users
+    # Its warnings say nothing to our users, and what it calls an error is raised as well.
+    session_options.log_severity_level = 4
     # Shapes differ from batch to batch, and memory must come back after a long input.
     session_options.enable_mem_pattern = False
     session_options.enable_cpu_mem_arena = False

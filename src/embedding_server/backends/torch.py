@@ -16,6 +16,10 @@ from embedding_server.errors import ModelNotSupported
 __all__ = ["TorchBackend", "load_sentence_transformer"]
 
 
+# What it says of the CPU's memory and of Apple's, for which it has no exception.
+_NO_MEMORY = ("can't allocate memory", "out of memory")
+
+
 class TorchBackend:
     """sentence-transformers without its tokenizer and without a final ``Normalize``."""
 
@@ -64,9 +68,17 @@ class TorchBackend:
         features["modality"] = "text"
         if prompt:
             features["prompt_length"] = prompt
-        with torch.inference_mode():
-            vectors = self._model(features)["sentence_embedding"]
-        return np.asarray(vectors.float().cpu().numpy(), dtype=np.float32)
+        try:
+            with torch.inference_mode():
+                vectors = self._model(features)["sentence_embedding"]
+            return np.asarray(vectors.float().cpu().numpy(), dtype=np.float32)
+        except RuntimeError as error:
+            message = str(error)
+            told = any(said in message for said in _NO_MEMORY)
+            if not told and not isinstance(error, torch.OutOfMemoryError):
+                raise
+        # Out here, so that the error's frames don't keep what filled the memory.
+        raise MemoryError(message)
 
 
 def _own_tokenizer(tokenizer: Any) -> OwnTokenizer:

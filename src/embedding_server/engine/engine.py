@@ -17,13 +17,23 @@ from numpy.typing import NDArray
 from embedding_server.engine.batch import Batch, Encoding, Entry
 from embedding_server.engine.cores import Cores
 from embedding_server.engine.info import ModelInfo
-from embedding_server.engine.postprocess import OutputDtype, postprocess
+from embedding_server.engine.parameters import EmbedParams, check_dimensions, prompt_of
+from embedding_server.engine.postprocess import finite_rows, postprocess
 from embedding_server.engine.scheduler import Scheduler
+from embedding_server.engine.throughput import Throughput
 from embedding_server.engine.tokenizer import Input, Tokenizer
-from embedding_server.errors import InferenceFailed, InvalidRequest, NotReady, Overloaded
+from embedding_server.errors import (
+    EmbeddingServerError,
+    InferenceFailed,
+    InferenceTimedOut,
+    InvalidRequest,
+    NotReady,
+    OutOfMemory,
+    Overloaded,
+)
 from embedding_server.telemetry import ModelMetrics
 
-__all__ = ["EmbedParams", "Embeddings", "Engine", "Limits"]
+__all__ = ["Embeddings", "Engine", "Limits"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +50,8 @@ _INLINE_VALUES = 32 * 1024
 # From here a single input is faster on all cores together than on one.
 _WIDE_TOKENS = 64
 
-_PROMPT_SYNONYMS = {
-    "query": ("query", "search_query"),
-    "document": ("document", "passage", "corpus", "search_document"),
-}
-"""What ``input_type`` may mean: the first of these prompts that the model has, else none."""
+# The longest wait that OpenAI's clients heed; a longer one they replace by a second or so.
+_MOST_RETRY_AFTER = 60.0
 
 
 class _Backend(Protocol):
@@ -67,18 +74,6 @@ class Limits:
     max_concurrent_requests: int
     max_queued_tokens: int
     max_request_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class EmbedParams:
-    """What one request wants of its vectors."""
-
-    dimensions: int | None = None
-    input_type: str | None = None
-    prompt: str | None = None
-    truncate: bool = True
-    normalize: bool = True
-    output_dtype: OutputDtype = "float"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +162,8 @@ class Engine:
         self._metrics = metrics
         self._pending: set[_Request] = set()
         self._admitted = 0
-        self._recent_tokens = self._recent_seconds = 0.0
+        self._throughput = Throughput()
+        self._cores_needed = 1
         self._wake = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
@@ -179,6 +175,7 @@ class Engine:
 
     def start(self) -> None:
         """Start the batch loop in the running event loop."""
+        self._cores_needed = self._cores.count if self._backend.exclusive else 1
         self._loop_task = asyncio.get_running_loop().create_task(
             self._run(), name=f"batches of {self.info.name}"
         )
@@ -195,12 +192,14 @@ class Engine:
         """The vectors of ``inputs``: all texts, or all lists of token ids.
 
         Raises InvalidRequest for parameters or inputs this model can't take, Overloaded when
-        the queue is full, InferenceFailed when its batch failed, NotReady when closed.
+        the queue is full, InferenceFailed, OutOfMemory or InferenceTimedOut when its batch failed
+        or hangs, NotReady when closed.
         """
         if not self.ready:
             raise NotReady(f"The model {self.info.name!r} is not running.")
-        dimensions = self._check_dimensions(params.dimensions)
-        prompt = self._prompt(params)
+        self._cores.check(self._cores_needed)
+        check_dimensions(self.info, params.dimensions)
+        prompt = prompt_of(self.info, params)
         if self._admitted >= self._limits.max_concurrent_requests:
             raise self._overloaded(f"{self._admitted} requests are being served already")
         self._admitted += 1
@@ -208,7 +207,7 @@ class Engine:
         try:
             encodings = await self._tokenize(inputs, prompt, params.truncate)
             vectors = await self._compute(encodings)
-            answer = await self._finish(vectors, encodings, dimensions, params)
+            answer = await self._finish(vectors, encodings, params)
         finally:
             self._admitted -= 1
             self._metrics.queue_requests.set(self._admitted)
@@ -216,46 +215,6 @@ class Engine:
         self._metrics.tokens.inc(answer.tokens)
         self._metrics.truncated_inputs.inc(answer.truncated)
         return answer
-
-    def _check_dimensions(self, dimensions: int | None) -> int | None:
-        if dimensions is None:
-            return None
-        if self.info.dimensions is None:
-            raise InvalidRequest(
-                f"The model {self.info.name!r} was not trained for shorter vectors: leave out "
-                f"'dimensions' and take its {self.info.dims} values.",
-                param="dimensions",
-            )
-        if not 1 <= dimensions <= self.info.dims:
-            raise InvalidRequest(
-                f"'dimensions' must be from 1 to {self.info.dims} for the model "
-                f"{self.info.name!r}; it was trained for "
-                f"{', '.join(map(str, self.info.dimensions))}.",
-                param="dimensions",
-            )
-        return dimensions
-
-    def _prompt(self, params: EmbedParams) -> str:
-        if params.prompt is not None:
-            if params.input_type is not None:
-                raise InvalidRequest(
-                    "Send 'input_type' or 'prompt', not both: each says what to prepend.",
-                    param="prompt",
-                )
-            return params.prompt
-        name = self.info.default_prompt if params.input_type is None else params.input_type
-        if name is None:
-            return ""
-        for candidate in _PROMPT_SYNONYMS.get(name, (name,)):
-            if candidate in self.info.prompts:
-                return self.info.prompts[candidate]
-        if name in _PROMPT_SYNONYMS:
-            return ""  # as sentence-transformers' encode_query and encode_document
-        known = ", ".join(repr(prompt) for prompt in self.info.prompts) or "none"
-        raise InvalidRequest(
-            f"The model {self.info.name!r} has no prompt {name[:100]!r}; it has: {known}.",
-            param="input_type",
-        )
 
     async def _tokenize(
         self, inputs: Sequence[Input], prompt: str, truncate: bool
@@ -327,13 +286,12 @@ class Engine:
         self,
         vectors: NDArray[np.float32],
         encodings: Sequence[Encoding],
-        dimensions: int | None,
         params: EmbedParams,
     ) -> Embeddings:
         def work() -> NDArray[Any]:
             return postprocess(
                 vectors,
-                dimensions=dimensions,
+                dimensions=params.dimensions,
                 # What the authors define ends in scaling; the unscaled output is the model's own.
                 layer_norm_first=self.info.layer_norm and params.normalize,
                 scale=params.normalize,
@@ -341,14 +299,15 @@ class Engine:
             )
 
         finished = await _inline_or_thread(work, small=vectors.size <= _INLINE_VALUES)
-        return Embeddings(finished, encodings, dimensions or self.info.dims)
+        return Embeddings(finished, encodings, params.dimensions or self.info.dims)
 
     def _overloaded(self, what: str) -> Overloaded:
-        seconds_per_token = self._recent_seconds / max(self._recent_tokens, 1.0)
-        wait = self._scheduler.tokens * seconds_per_token
+        # Engines that wait for cores take turns; what hangs has none to give.
+        cores = max(self._cores.usable, 1) / max(self._cores.waiting, 1)
+        wait = self._throughput.seconds(self._scheduler.tokens, cores=cores)
         return Overloaded(
             f"The model {self.info.name!r} is at its limit: {what}. Try again later.",
-            retry_after=max(1.0, wait),
+            retry_after=min(max(1.0, wait), _MOST_RETRY_AFTER),
         )
 
     async def _run(self) -> None:
@@ -357,9 +316,12 @@ class Engine:
                 while not len(self._scheduler):
                     self._wake.clear()
                     await self._wake.wait()
-                needed = self._cores.count if self._backend.exclusive else 1
-                await self._cores.acquire(needed)
-                batch = self._begin(needed)
+                try:
+                    await self._cores.acquire(self._cores_needed)
+                except InferenceTimedOut as error:
+                    self._fail_all(error)
+                    continue
+                batch = self._begin(self._cores_needed)
                 if batch is not None:
                     batches.create_task(self._end(batch))
 
@@ -375,6 +337,10 @@ class Engine:
         if not entries:
             return None
         self._metrics.queue_tokens.set(self._scheduler.tokens)
+        return self._start(entries, cores, idle)
+
+    def _start(self, entries: Sequence[Entry], cores: int, idle: int = 0) -> _Running | None:
+        """Start ``entries`` on ``cores``, and on the ``idle`` others if it pays."""
         try:
             distinct: dict[Encoding, int] = {}
             rows = [distinct.setdefault(entry.encoding, len(distinct)) for entry in entries]
@@ -385,7 +351,8 @@ class Engine:
                 self._cores.take(idle)
                 cores += idle
             started = time.perf_counter()
-            vectors = self._cores.run(partial(self._backend.embed, batch, wide=wide), cores)
+            work = partial(self._backend.embed, batch, wide=wide)
+            vectors = self._cores.run(work, cores, owner=self.info.name)
         except Exception:  # no memory, or no thread
             self._cores.release(cores)
             self._batch_failed(entries)
@@ -393,34 +360,101 @@ class Engine:
         return _Running(entries, rows, batch, cores, started, vectors)
 
     async def _end(self, running: _Running) -> None:
+        if not await self._settled(running):
+            await self._retry_in_halves(running)
+
+    async def _settled(self, running: _Running) -> bool:
+        """Deliver the batch, or fail its requests; False if memory ran out, for the caller to mend.
+
+        The exception is gone by then, and with it whatever its frames held.
+        """
         entries = running.entries
         try:
             vectors = await running.vectors
+        except MemoryError:
+            return False
+        except InferenceTimedOut as error:
+            self._metrics.timed_out_batches.inc()
+            self._batch_failed(entries, InferenceTimedOut, str(error))
         except Exception:
             self._batch_failed(entries)
         else:
             self._deliver(running, vectors)
+        return True
 
-    def _batch_failed(self, entries: Sequence[Entry]) -> None:
+    async def _retry_in_halves(self, running: _Running) -> None:
+        """Compute a batch that ran out of memory in parts, one after the other.
+
+        Down to one input, if need be, which fails with OutOfMemory.
+        """
+        told = (len(running.entries), running.batch.tokens, self.info.name)
+        logger.warning(
+            "a batch of %d inputs with %d tokens ran out of memory on %s; trying it in halves",
+            *told,
+        )
+        self._metrics.out_of_memory.inc()
+        too_large = [running]
+        alone = 0
+        while too_large:
+            batch = too_large.pop()
+            if len(batch.batch) == 1:
+                alone += 1
+                message = (
+                    f"The server has not enough memory for an input of {batch.batch.tokens} "
+                    "tokens, even alone. Try again later, or send shorter inputs."
+                )
+                self._fail(batch.entries, OutOfMemory, message)
+                continue
+            middle = len(batch.entries) // 2
+            for half in (batch.entries[:middle], batch.entries[middle:]):
+                again = await self._start_again(half)
+                if again is not None and not await self._settled(again):
+                    too_large.append(again)
+        if alone:
+            self._metrics.failed_batches.inc()
+            logger.error("%d inputs found no memory on %s, each alone", alone, self.info.name)
+
+    async def _start_again(self, entries: Sequence[Entry]) -> _Running | None:
+        """Start what is still wanted of ``entries`` when there are cores."""
+        try:
+            await self._cores.acquire(self._cores_needed)
+        except InferenceTimedOut as error:
+            self._fail(entries, InferenceTimedOut, str(error))
+            return None
+        entries = [entry for entry in entries if not _request_of(entry).future.done()]
+        if not entries:
+            self._cores.release(self._cores_needed)
+            return None
+        return self._start(entries, self._cores_needed)
+
+    def _batch_failed(
+        self,
+        entries: Sequence[Entry],
+        kind: type[EmbeddingServerError] = InferenceFailed,
+        message: str = "The model failed on this request; the server's log says why.",
+    ) -> None:
         self._metrics.failed_batches.inc()
         logger.exception("a batch of %d inputs failed on %s", len(entries), self.info.name)
-        self._fail(entries, "The model failed on this request; the server's log says why.")
+        self._fail(entries, kind, message)
 
     def _deliver(self, running: _Running, vectors: NDArray[np.float32]) -> None:
         entries, batch = running.entries, running.batch
         self._measure(running, time.perf_counter() - running.started)
-        if vectors.shape != (len(batch), self._backend.dims):
+        try:
+            finite = finite_rows(vectors, (len(batch), self._backend.dims))
+        except ValueError as error:
             self._metrics.failed_batches.inc()
-            logger.error("%s gave vectors of shape %s", self.info.name, vectors.shape)
-            self._fail(entries, "The model gave an answer of the wrong shape.")
+            logger.error("%s gave %s", self.info.name, error)
+            message = "The model gave an answer of the wrong shape or kind for this request."
+            self._fail(entries, InferenceFailed, message)
             return
-        finite = [bool(good) for good in np.asarray(np.isfinite(vectors).all(axis=1))]
         if not all(finite):
             self._metrics.failed_batches.inc()
             logger.error("%s gave values that are not finite", self.info.name)
             told = zip(entries, running.rows, strict=True)
             broken = [entry for entry, row in told if not finite[row]]
-            self._fail(broken, "The model gave values that are not finite for this request.")
+            message = "The model gave values that are not finite for this request."
+            self._fail(broken, InferenceFailed, message)
         for entry, row in zip(entries, running.rows, strict=True):
             if finite[row]:
                 _request_of(entry).deliver(entry.places, vectors[row])
@@ -434,16 +468,23 @@ class Engine:
         metrics.batch_tokens.observe(batch.tokens)
         if self._backend.padded:
             metrics.padding_tokens.inc(len(batch) * batch.max_seqlen - batch.tokens)
-        # Sums that fade, and not a mean of rates: many small batches would outvote a large one.
-        self._recent_tokens = 0.9 * self._recent_tokens + batch.tokens
-        share = running.cores / self._cores.count
-        self._recent_seconds = 0.9 * self._recent_seconds + seconds * share
+        self._throughput.add(batch.tokens, seconds * running.cores)
 
-    def _fail(self, entries: Sequence[Entry], message: str) -> None:
+    def _fail(
+        self, entries: Sequence[Entry], kind: type[EmbeddingServerError], message: str
+    ) -> None:
         for request in {_request_of(entry) for entry in entries}:
-            request.fail(InferenceFailed(message))
+            request.fail(kind(message))
             self._scheduler.discard(request)
         self._metrics.queue_tokens.set(self._scheduler.tokens)
+
+    def _fail_all(self, error: InferenceTimedOut) -> None:
+        """Nothing may wait for cores that hang."""
+        logger.error("%d requests fail, as no cores are left: %s", len(self._pending), error)
+        for request in self._pending:
+            request.fail(InferenceTimedOut(str(error)))
+        self._scheduler.clear()
+        self._metrics.queue_tokens.set(0)
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         """Nothing may wait for a loop that is gone, and readiness must say so."""

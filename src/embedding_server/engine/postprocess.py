@@ -1,4 +1,4 @@
-"""From a model's pooled output to the vectors a request asked for; numpy only."""
+"""From what a backend gave to the vectors a request asked for; numpy only."""
 
 from __future__ import annotations
 
@@ -7,9 +7,23 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["OutputDtype", "layer_norm", "normalize", "postprocess", "quantize"]
+__all__ = ["OutputDtype", "finite_rows", "layer_norm", "normalize", "postprocess", "quantize"]
 
 OutputDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
+
+
+def finite_rows(vectors: object, shape: tuple[int, int]) -> list[bool]:
+    """Which rows of a backend's answer have no NaN and no infinity.
+
+    Raises ValueError if it is anything but a float32 array of ``shape``.
+    """
+    if not isinstance(vectors, np.ndarray):
+        raise ValueError(f"{type(vectors).__name__} instead of an array")
+    if vectors.dtype != np.float32:
+        raise ValueError(f"{vectors.dtype} instead of float32")
+    if vectors.shape != shape:
+        raise ValueError(f"the wrong shape {vectors.shape} instead of {shape}")
+    return [bool(good) for good in np.asarray(np.isfinite(vectors).all(axis=1))]
 
 
 def postprocess(

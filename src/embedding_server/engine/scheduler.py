@@ -116,6 +116,11 @@ class Scheduler:
             else:
                 del self._waiting[kind]
 
+    def clear(self) -> None:
+        """Forget all that waits."""
+        self._waiting.clear()
+        self._entries = self._tokens = 0
+
     def _pop(self, kind: _Kind) -> Entry:
         bucket = self._waiting[kind]
         entry = heapq.heappop(bucket)[-1]

@@ -42,6 +42,8 @@ class LoadOptions:
     max_batch_tokens: int | None = None
     matryoshka: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Matryoshka sizes by the model's served name, over those of the catalog."""
+    inference_timeout: float | None = None
+    """Seconds after which a batch hangs; None: never."""
 
 
 def load_engine(

@@ -47,7 +47,7 @@ class Registry:
         self._engines: dict[str, Engine] = {}
         self._loaded = False
         self._threads_loading = 0
-        self._cores = Cores(options.threads)
+        self._cores = Cores(options.threads, timeout=options.inference_timeout)
         # Of their own, so that a very long text keeps no answer from being written.
         self._tokenizing = ThreadPoolExecutor(options.threads, thread_name_prefix="tokenize")
 
@@ -122,15 +122,27 @@ class Registry:
         return self._threads_loading > 0
 
     @property
+    def stuck(self) -> bool:
+        """Whether a thread computes that can't be waited for."""
+        return self._cores.stuck
+
+    @property
+    def hung(self) -> Sequence[str]:
+        """The models of which a batch is over its time, now."""
+        return self._cores.overdue
+
+    @property
     def ready(self) -> bool:
-        """Whether all models are loaded and every engine runs."""
-        return self._loaded and all(engine.ready for engine in self._engines.values())
+        """Whether all models are loaded, every engine runs, and nothing hangs."""
+        running = all(engine.ready for engine in self._engines.values())
+        return self._loaded and running and not self.hung
 
     def status(self) -> dict[str, str]:
-        """``loading``, ``ready`` or ``failed`` for each model."""
+        """``loading``, ``ready``, ``hung`` or ``failed`` for each model."""
         states = {
             name: "ready" if engine.ready else "failed" for name, engine in self._engines.items()
         }
+        states |= dict.fromkeys(self.hung, "hung")
         if not self._loaded:
             names = [spec.served_name for spec in self._specs]
             states |= {name: "loading" for name in names if name not in states}

@@ -24,7 +24,7 @@ SOURCE = Path(embedding_server.__file__).parent
 # is below it, and what stands under the same prefix.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "logs", "telemetry"),
-    ("settings",),
+    ("settings", "argv"),
     ("engine.batch", "engine.info", "engine.postprocess"),
     ("engine.scheduler", "backends.base"),
     ("engine", "backends"),

@@ -174,7 +174,7 @@ def test_errors_move_their_counters(live: Watched) -> None:
         ("requests_total", {**unserved, "status": "405"}, 1),
         ("requests_total", {**unserved, "status": "415"}, 1),
         ("requests_total", {"route": "unmatched", "model": "", "status": "404"}, 1),
-        ("requests_total", {"route": "unmatched", "model": "", "status": "401"}, 1),
+        ("requests_total", {"route": "/v1/models", "model": "", "status": "401"}, 1),
         ("requests_total", {"route": "/v1/models/{name}", "model": "", "status": "404"}, 1),
         ("errors_total", {"code": "context_length_exceeded"}, 1),
         ("errors_total", {"code": "invalid_request_error"}, 3),

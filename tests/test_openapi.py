@@ -142,7 +142,7 @@ def undocumented(
         return f"status {response.status_code}"
     told = operation["responses"][str(response.status_code)]
     headers = {name.lower() for name in told["headers"]}
-    standard = {"content-type", "content-length", "date", "connection"}
+    standard = {"content-type", "content-length", "date", "connection", "x-content-type-options"}
     if unknown := set(response.headers) - headers - standard:
         return f"headers {unknown}"
     media_type = response.headers["content-type"].partition(";")[0]
@@ -321,12 +321,6 @@ def test_the_schema_refuses_what_the_server_refuses(
 
 def test_the_served_document_is_the_applications(document: dict[str, Any]) -> None:
     assert create_app(Settings(model=(MODEL,))).openapi() == document
-
-
-def test_docs_show_it(client: httpx.Client) -> None:
-    page = client.get("/docs")
-    assert page.headers["content-type"].startswith("text/html")
-    assert "/openapi.json" in page.text
 
 
 # The document and real answers

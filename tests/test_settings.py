@@ -101,7 +101,6 @@ def test_the_file_can_be_named_in_the_environment(
         ("a", ("a",)),
         ("a,b", ("a", "b")),
         (" a , org/b@main ,, ", ("a", "org/b@main")),
-        (",", ()),
     ],
 )
 def test_lists_in_the_environment_are_separated_by_commas(

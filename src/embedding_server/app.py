@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from embedding_server import __version__
-from embedding_server.api import embeddings, health, models
+from embedding_server.api import docs_page, embeddings, health, models
 from embedding_server.api.body import BodyBudget
+from embedding_server.api.cors import Cors
 from embedding_server.api.documentation import use_own_openapi
 from embedding_server.api.errors import add_error_handlers
-from embedding_server.api.middleware import ApiKeyMiddleware, DirectRoutes, RequestMiddleware
+from embedding_server.api.keys import ApiKeys
+from embedding_server.api.middleware import (
+    ApiKeyMiddleware,
+    DirectRoutes,
+    RequestMiddleware,
+    RootPath,
+)
 from embedding_server.engine.engine import Limits
 from embedding_server.errors import ConfigurationError
 from embedding_server.models.catalog import DEFAULT_MODELS
@@ -31,6 +40,8 @@ __all__ = ["create_app"]
 
 logger = logging.getLogger(__name__)
 
+_ROUTERS = (embeddings.router, models.router, health.router, docs_page.router)
+
 
 def create_app(
     settings: Settings,
@@ -41,9 +52,12 @@ def create_app(
     """The application of ``settings``; its models are loaded while it answers health already.
 
     ``on_loaded`` is called when all are loaded; ``on_load_error`` if they can't be served, without
-    which the application stays up and not ready. Raises ModelUnavailable for a --model that can't
-    be understood, and ConfigurationError for two of the same name.
+    which the application stays up and not ready. ``app.state.api_keys.reload()`` reads the file of
+    keys again. Raises ModelUnavailable for a --model that can't be understood, and
+    ConfigurationError for two of the same name, and for keys, origins or a prefix that can't work.
     """
+    keys = ApiKeys((key.get_secret_value() for key in settings.api_key), settings.api_key_file)
+    prefix = _prefix(settings.root_path)
     telemetry = Telemetry()
     registry = Registry(
         _specs(settings),
@@ -79,9 +93,10 @@ def create_app(
         version=__version__,
         description="Text in, sentence embeddings out.",
         lifespan=lifespan,
-        redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
+        openapi_url=None,  # and so no page that loads its scripts from elsewhere
         redirect_slashes=False,
+        # Without it, a variable makes FastAPI send traces, metrics and logs to somewhere.
+        telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
     app.state.settings = settings
     app.state.telemetry = telemetry
@@ -89,14 +104,24 @@ def create_app(
     app.state.draining = False
     app.state.siblings = ""  # what is wrong with other processes of this server
     app.state.bodies = BodyBudget(settings.max_body_bytes)
-    for router in (embeddings.router, models.router, health.router):
+    app.state.api_keys = keys
+    for router in _ROUTERS:
         app.include_router(router)
+    for router in (models.router, health.router, docs_page.router):
+        app.include_router(_heads_of(router))
     add_error_handlers(app)
-    use_own_openapi(app)
-    direct = DirectRoutes(app.inner, endpoints=embeddings.DIRECT)
-    keyed = ApiKeyMiddleware(direct, keys=[key.get_secret_value() for key in settings.api_key])
+    use_own_openapi(app, prefix=prefix)
+    front: ASGIApp = DirectRoutes(app.inner, endpoints=embeddings.DIRECT)
+    if keys:
+        front = ApiKeyMiddleware(
+            front, keys=keys, metrics_public=settings.metrics_public, route_of=_route_of
+        )
+    if prefix:
+        front = RootPath(front, prefix=prefix)
+    if settings.cors_origin:  # outside of the keys, as a browser asks for leave without one
+        front = Cors(front, origins=settings.cors_origin)
     # The outermost: a refused key has a log line and an id, too.
-    app.front = RequestMiddleware(keyed, telemetry=telemetry)
+    app.front = RequestMiddleware(front, telemetry=telemetry)
     return app
 
 
@@ -112,6 +137,48 @@ class _Application(FastAPI):
     async def inner(self, scope: Scope, receive: Receive, send: Send) -> None:
         """FastAPI itself."""
         await super().__call__(scope, receive, send)
+
+
+def _routes(routers: Iterable[APIRouter]) -> Iterator[APIRoute]:
+    return (route for router in routers for route in router.routes if isinstance(route, APIRoute))
+
+
+def _heads_of(router: APIRouter) -> APIRouter:
+    """HEAD for what ``router`` has GET for: servers leave out the body, and probes ask so."""
+    heads = APIRouter(include_in_schema=False)
+    for route in _routes([router]):
+        heads.add_api_route(
+            route.path,
+            route.endpoint,
+            methods=["HEAD"],
+            response_model_exclude_none=route.response_model_exclude_none,
+        )
+    return heads
+
+
+def _route_of(path: str) -> str:
+    """The template of the route that takes ``path``, by any method."""
+    return next(
+        (route.path_format for route in _routes(_ROUTERS) if route.path_regex.match(path)),
+        "unmatched",
+    )
+
+
+def _prefix(root_path: str) -> str:
+    """--root-path without a slash at its end; raises ConfigurationError."""
+    prefix = root_path.rstrip("/")
+    if prefix and not re.fullmatch(r"(/(?!\.\.?(/|$))[A-Za-z0-9._~-]+)+", prefix):
+        raise ConfigurationError(
+            f"--root-path {root_path!r} must be the beginning of a path, as /embeddings: a slash "
+            "first, and between slashes letters, digits and -._~ only."
+        )
+    for route in _routes(_ROUTERS):
+        if f"{route.path}/".startswith(f"{prefix}/") and prefix:
+            raise ConfigurationError(
+                f"--root-path {prefix} is the beginning of {route.path}, a path of the server's "
+                "own: a proxy that passes such paths on as they are needs no --root-path."
+            )
+    return prefix
 
 
 def _specs(settings: Settings) -> list[ModelSpec]:

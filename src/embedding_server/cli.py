@@ -7,18 +7,14 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from embedding_server import __version__
+from embedding_server.argv import hide_secrets
 from embedding_server.errors import ConfigurationError, EmbeddingServerError
-from embedding_server.settings import (
-    ENV_PREFIX,
-    Row,
-    Settings,
-    load_settings,
-    rows,
-    unknown_variables,
-)
+
+if TYPE_CHECKING:  # it takes longer to import than secrets may stand in the command line
+    from embedding_server.settings import Row, Settings
 
 __all__ = ["build_parser", "main"]
 
@@ -67,22 +63,21 @@ _WORKLOADS = {
     "mixed": "queries at a fixed rate, an endless bulk job, and both, in three rounds",
 }
 
-_SETTINGS_NOTE = (
-    f"Every setting is also an environment variable ({ENV_PREFIX}PORT=5000) and a key of a TOML "
-    "file given with --config (port = 5000). A flag wins over the environment, which wins over "
-    "the file."
-)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for what went wrong, 2 for a wrong usage."""
-    parser = build_parser()
-    options = vars(parser.parse_args(arguments))
-    command = options.pop("command")
-    if command is None:
-        parser.print_help()
-        return 2
     try:
+        if arguments is None:
+            hide_secrets()
+        parser = build_parser()
+        parsed, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            parser.error(f"unrecognized arguments: {_without_values(unknown)}")
+        options = vars(parsed)
+        command = options.pop("command")
+        if command is None:
+            parser.print_help()
+            return 2
         return _run(command, options)
     except EmbeddingServerError as error:
         print(f"embedding-server: {error}", file=sys.stderr)  # noqa: T201
@@ -248,6 +243,11 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     _add_settings(engine, "embed", without=("matryoshka",))
 
 
+def _without_values(arguments: Sequence[str]) -> str:
+    """``arguments`` that nobody knows, as they may be told: one may be the key of an --apikey."""
+    return " ".join(word.partition("=")[0] if word[:1] == "-" else "…" for word in arguments)
+
+
 def _positive(kind: type[Number], most: Number) -> Callable[[str], Number]:
     """Reads a number over 0 and up to ``most``."""
 
@@ -263,7 +263,14 @@ def _positive(kind: type[Number], most: Number) -> Callable[[str], Number]:
 def _add_settings(
     parser: argparse.ArgumentParser, command: str, *, without: Sequence[str] = ()
 ) -> None:
-    group = parser.add_argument_group("settings", _SETTINGS_NOTE)
+    from embedding_server.settings import ENV_PREFIX, rows
+
+    group = parser.add_argument_group(
+        "settings",
+        f"Every setting is also an environment variable ({ENV_PREFIX}PORT=5000) and a key of a "
+        "TOML file given with --config (port = 5000). A flag wins over the environment, which wins "
+        "over the file.",
+    )
     group.add_argument(
         "--config", type=Path, metavar="FILE", help=f"TOML file of settings [{ENV_PREFIX}CONFIG]"
     )
@@ -292,6 +299,8 @@ def _add_flag(group: argparse._ArgumentGroup, row: Row) -> None:
 
 
 def _run(command: str, options: dict[str, Any]) -> int:
+    from embedding_server.settings import load_settings, rows, unknown_variables
+
     known = {row.name for row in rows()}
     flags = {name: options.pop(name) for name in list(options) if name in known}
     config = options.pop("config")
@@ -331,6 +340,7 @@ def _bench(
     kind, as_json = options.pop("kind"), options.pop("json")
     if kind == "engine":
         from embedding_server.bench.engine import bench_engine
+        from embedding_server.settings import rows
 
         rounds = options.pop("rounds")
         only_server = {row.name for row in rows() if "embed" not in row.commands} & set(flags)

@@ -84,7 +84,7 @@ class Service:
         self._server.stop()
 
     def reload(self) -> None:
-        """Read certificates again; what can't be used is told, and the old goes on."""
+        """Read API keys and certificates again; what can't be used is told, and the old goes on."""
         if self._tls is not None:
             try:
                 self._tls.reload()

@@ -64,8 +64,15 @@ def _setting(default: Any, help: str, commands: tuple[str, ...], **limits: Any) 
     )
 
 
+def _split_secrets(value: object) -> object:
+    """As ``_split``, but what would open the server to everyone is refused."""
+    if not (secrets := _split(value)) and isinstance(value, str):
+        raise ValueError("is empty; leave it out to let everyone in")
+    return secrets
+
+
 Strings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_secrets)]
 
 
 def _split_sizes(value: object) -> object:
@@ -196,13 +203,12 @@ class Settings(BaseSettings):
     )
     api_key: Secrets = _setting(
         (),
-        "key that requests must send as 'Authorization: Bearer KEY'; may be repeated. Others on "
-        "the machine can read it in the list of processes: better --api-key-file or the "
-        "environment",
+        "key that requests must send as 'Authorization: Bearer KEY'; may be repeated. It doesn't "
+        "stay in the list of processes, but in the shell's history: better --api-key-file",
         _SERVE,
     )
     api_key_file: Path | None = _setting(
-        None, "file of such keys, one a line; read again at SIGHUP", _SERVE
+        None, "file of such keys, one a line, # for remarks; read again at SIGHUP", _SERVE
     )
     metrics_public: bool = _setting(False, "answer /metrics without a key, too", _SERVE)
     tls_cert: Path | None = _setting(
@@ -220,7 +226,9 @@ class Settings(BaseSettings):
         _SERVE,
     )
     root_path: str = _setting(
-        "", "prefix that a proxy in front takes off the path, as /embeddings", _SERVE
+        "",
+        "prefix of the path at a proxy in front, as /embeddings, be it taken off there or not",
+        _SERVE,
     )
     otlp_endpoint: str | None = _setting(
         None,
@@ -301,9 +309,10 @@ def load_settings(flags: Mapping[str, object], config: Path | None = None) -> Se
             raise ConfigurationError(
                 f"{name} is set, but there is no such setting; there is {ENV_PREFIX}API_KEY."
             )
-    if os.environ.get(f"{ENV_PREFIX}API_KEY") == "":
-        # Other empty variables count as unset; this one would open the server to everyone.
-        raise ConfigurationError(f"{ENV_PREFIX}API_KEY is empty; unset it to let everyone in.")
+    for name in (f"{ENV_PREFIX}API_KEY", f"{ENV_PREFIX}API_KEY_FILE"):
+        # Other empty variables count as unset; these would open the server to everyone.
+        if os.environ.get(name) == "":
+            raise ConfigurationError(f"{name} is empty; unset it to let everyone in.")
 
     class Source(Settings):
         model_config = SettingsConfigDict(toml_file=config)

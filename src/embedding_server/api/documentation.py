@@ -87,12 +87,17 @@ def json_body(schema: type[OpenAIEmbeddingsRequest]) -> dict[str, Any]:
     return {"requestBody": body, "parameters": [_REQUEST_TIMEOUT]}
 
 
-def use_own_openapi(app: FastAPI) -> None:
-    """Let ``app`` serve a document that is true of what the routes really take and answer."""
+def use_own_openapi(app: FastAPI, *, prefix: str = "") -> None:
+    """Let ``app`` serve a document that is true of what the routes really take and answer.
+
+    A proxy in front shows them under ``prefix``.
+    """
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             app.openapi_schema = _document(app)
+            if prefix:
+                app.openapi_schema["servers"] = [{"url": prefix}]
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedding_server.api.errors import error_answer, fault_answer
+from embedding_server.api.keys import ApiKeys
 from embedding_server.api.record import RequestRecord, record_of
 from embedding_server.errors import EmbeddingServerError, Unauthenticated
 from embedding_server.telemetry import Telemetry
 
-__all__ = ["ApiKeyMiddleware", "DirectRoutes", "Endpoint", "RequestMiddleware"]
+__all__ = ["ApiKeyMiddleware", "DirectRoutes", "Endpoint", "RequestMiddleware", "RootPath"]
 
 logger = logging.getLogger(__name__)
 
 # What a client may choose as its id stands in logs and headers: printable, and not endless.
 _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
+# Browsers take every answer for what its content type says, and for nothing else.
+_NOSNIFF = (b"x-content-type-options", b"nosniff")
 
 _QUIET = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 
@@ -53,6 +54,7 @@ class RequestMiddleware:
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", record.id.encode("ascii")),
+                    _NOSNIFF,
                 ]
             await send(message)
 
@@ -103,28 +105,52 @@ class RequestMiddleware:
 
 
 class ApiKeyMiddleware:
-    """Asks for one of ``keys`` on every route but health; with no keys, lets all pass."""
+    """Asks for one of ``keys`` on every route but health, and but metrics if they are public.
 
-    def __init__(self, app: ASGIApp, *, keys: Iterable[str]) -> None:
+    ``route_of`` tells the route that a path is for, by which refusals are counted.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: ApiKeys,
+        metrics_public: bool,
+        route_of: Callable[[str], str],
+    ) -> None:
         self._app = app
-        # Only digests stay in memory, and comparing them takes the same time for every guess.
-        self._digests = [_digest(key.encode()) for key in keys]
+        self._keys = keys
+        self._public = {"/health", "/metrics"} if metrics_public else {"/health"}
+        self._route_of = route_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._digests or _is_health(scope["path"]):
+        if scope["type"] != "http" or self._is_public(scope["path"]):
             await self._app(scope, receive, send)
             return
-        scheme, _, key = _header(scope, b"authorization").partition(b" ")
-        digest = _digest(key.strip())
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() == b"bearer" and any(matches):
+        values = [bytes(value) for name, value in scope["headers"] if name == b"authorization"]
+        problem = self._keys.problem(values)
+        if problem is None:
             await self._app(scope, receive, send)
             return
-        what = "is not valid" if key else "is missing"
-        answer = error_answer(
-            Unauthenticated(f"The API key {what}: send it as 'Authorization: Bearer KEY'.")
-        )
-        await answer(scope, receive, send)
+        record_of(scope).route = self._route_of(scope["path"])
+        await error_answer(Unauthenticated(problem))(scope, receive, send)
+
+    def _is_public(self, path: str) -> bool:
+        return path in self._public or path.startswith("/health/")
+
+
+class RootPath:
+    """Takes ``prefix`` off every path that has it: a proxy in front may do so itself, or not."""
+
+    def __init__(self, app: ASGIApp, *, prefix: str) -> None:
+        self._app = app
+        self._prefix = prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(f"{self._prefix}/"):
+            # What stands inside knows its own paths only: the server's root_path stays empty.
+            scope["path"] = scope["path"][len(self._prefix) :]
+        await self._app(scope, receive, send)
 
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -153,6 +179,10 @@ class DirectRoutes:
             response = await endpoint(Request(scope, receive, send))
         except EmbeddingServerError as error:
             response = error_answer(error)
+        except ClientDisconnect:
+            raise
+        except Exception as error:  # here, so that what stands around adds its headers, too
+            response = fault_answer(scope, error)
         await response(scope, receive, send)
 
 
@@ -163,11 +193,3 @@ def _request_id(scope: Scope) -> str:
 
 def _header(scope: Scope, name: bytes) -> bytes:
     return next((bytes(value) for key, value in scope["headers"] if key == name), b"")
-
-
-def _is_health(path: str) -> bool:
-    return path == "/health" or path.startswith("/health/")
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()

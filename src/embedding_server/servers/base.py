@@ -108,6 +108,7 @@ def refusal(status: int) -> tuple[list[tuple[bytes, bytes]], bytes]:
     headers = [
         (b"x-request-id", request_id.encode("ascii")),
         (b"content-type", b"application/json"),
+        (b"x-content-type-options", b"nosniff"),
         (b"content-length", b"%d" % len(body)),
         (b"connection", b"close"),
     ]

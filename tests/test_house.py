@@ -25,7 +25,7 @@ SOURCE = Path(embedding_server.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "logs", "telemetry"),
     ("settings", "argv"),
-    ("engine.batch", "engine.info", "engine.postprocess"),
+    ("engine.batch", "engine.info", "engine.postprocess", "engine.stages"),
     ("engine.scheduler", "backends.base"),
     ("engine", "backends"),
     ("models",),

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
@@ -36,6 +37,9 @@ from embedding_server.models.spec import ModelSpec, parse_spec
 from embedding_server.settings import Settings, available_cores
 from embedding_server.telemetry import Telemetry
 
+if TYPE_CHECKING:
+    from embedding_server.api.tracing import Tracing
+
 __all__ = ["create_app"]
 
 logger = logging.getLogger(__name__)
@@ -54,11 +58,13 @@ def create_app(
     ``on_loaded`` is called when all are loaded; ``on_load_error`` if they can't be served, without
     which the application stays up and not ready. ``app.state.api_keys.reload()`` reads the file of
     keys again. Raises ModelUnavailable for a --model that can't be understood, and
-    ConfigurationError for two of the same name, and for keys, origins or a prefix that can't work.
+    ConfigurationError for two of the same name, for keys, origins or a prefix that can't work, and
+    for an --otlp-endpoint without its extra.
     """
     keys = ApiKeys((key.get_secret_value() for key in settings.api_key), settings.api_key_file)
     prefix = _prefix(settings.root_path)
     telemetry = Telemetry()
+    tracing = _tracing(settings.otlp_endpoint)
     registry = Registry(
         _specs(settings),
         _load_options(settings),
@@ -87,6 +93,8 @@ def create_app(
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
             await registry.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = _Application(
         title="embedding-server",
@@ -95,8 +103,8 @@ def create_app(
         lifespan=lifespan,
         openapi_url=None,  # and so no page that loads its scripts from elsewhere
         redirect_slashes=False,
-        # Without it, a variable makes FastAPI send traces, metrics and logs to somewhere.
-        telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
+        # Its own would come beside ours, and it sends them to wherever OTEL_ variables say.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.settings = settings
     app.state.telemetry = telemetry
@@ -121,7 +129,7 @@ def create_app(
     if settings.cors_origin:  # outside of the keys, as a browser asks for leave without one
         front = Cors(front, origins=settings.cors_origin)
     # The outermost: a refused key has a log line and an id, too.
-    app.front = RequestMiddleware(front, telemetry=telemetry)
+    app.front = RequestMiddleware(front, telemetry=telemetry, tracing=tracing)
     return app
 
 
@@ -179,6 +187,20 @@ def _prefix(root_path: str) -> str:
                 "own: a proxy that passes such paths on as they are needs no --root-path."
             )
     return prefix
+
+
+def _tracing(endpoint: str | None) -> Tracing | None:
+    """Traces to ``endpoint``; without one, nothing of OpenTelemetry's SDK is loaded."""
+    if endpoint is None:
+        return None
+    try:
+        from embedding_server.api.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"--otlp-endpoint can't be used ({error}): install the extra [otlp] with "
+            "pip install 'embedding-server[otlp]', in a checkout with scripts/install '[otlp]'."
+        ) from None
+    return Tracing(endpoint)
 
 
 def _specs(settings: Settings) -> list[ModelSpec]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -92,6 +93,23 @@ def _check_sizes(value: tuple[str, ...]) -> tuple[str, ...]:
 Matryoshka = Annotated[
     tuple[str, ...], NoDecode, BeforeValidator(_split_sizes), AfterValidator(_check_sizes)
 ]
+
+
+def _check_endpoint(value: str) -> str:
+    try:
+        url = urlsplit(value)
+        whole = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        secret = url.username is not None or url.password is not None
+    except ValueError:  # a port that is none
+        whole, secret = False, False
+    if secret:
+        raise ValueError("may hold no password; set OTEL_EXPORTER_OTLP_HEADERS for one")
+    if not whole or url.query or url.fragment or any(map(str.isspace, value)):
+        raise ValueError("must be a collector's URL for OTLP over HTTP, as http://localhost:4318")
+    return value
+
+
+Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
 
 
 class Settings(BaseSettings):
@@ -230,7 +248,7 @@ class Settings(BaseSettings):
         "prefix of the path at a proxy in front, as /embeddings, be it taken off there or not",
         _SERVE,
     )
-    otlp_endpoint: str | None = _setting(
+    otlp_endpoint: Endpoint | None = _setting(
         None,
         "send traces there with OpenTelemetry over HTTP, as http://localhost:4318 (needs the extra "
         "[otlp])",

@@ -172,7 +172,7 @@ async def _answer(
             "taken in one request. Send them in parts.",
             param="input",
         )
-    result = await _unless_gone(request, engine.embed(query.input, params))
+    result = await _unless_gone(request, engine.embed(query.input, params, record.stages))
     record.tokens, record.truncated = result.tokens, result.truncated
 
     def encode() -> bytes:

@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -15,8 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from embedding_server.api.errors import error_answer, fault_answer
 from embedding_server.api.keys import ApiKeys
 from embedding_server.api.record import RequestRecord, record_of
+from embedding_server.engine.stages import Stages
 from embedding_server.errors import EmbeddingServerError, Unauthenticated
 from embedding_server.telemetry import Telemetry
+
+if TYPE_CHECKING:  # OpenTelemetry is loaded where it is used only
+    from embedding_server.api.tracing import Tracing
 
 __all__ = ["ApiKeyMiddleware", "DirectRoutes", "Endpoint", "RequestMiddleware", "RootPath"]
 
@@ -32,11 +37,14 @@ _QUIET = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 
 
 class RequestMiddleware:
-    """Gives every HTTP request a record, and tells it in a log line and in the metrics."""
+    """Gives every HTTP request a record, told in a log line, the metrics and a trace if wanted."""
 
-    def __init__(self, app: ASGIApp, *, telemetry: Telemetry) -> None:
+    def __init__(
+        self, app: ASGIApp, *, telemetry: Telemetry, tracing: Tracing | None = None
+    ) -> None:
         self._app = app
         self._telemetry = telemetry
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,6 +53,8 @@ class RequestMiddleware:
         record = RequestRecord(_request_id(scope))
         record.attach(scope)
         started = time.perf_counter()
+        if self._tracing is not None:
+            record.stages = Stages(started)
         status: int | None = None
 
         async def send_with_id(message: Message) -> None:
@@ -78,6 +88,9 @@ class RequestMiddleware:
         )
         if record.error_code is not None:
             self._telemetry.error_answered(record.error_code)
+        trace_id = None
+        if self._tracing is not None and route not in _QUIET:
+            trace_id = self._tracing.request_finished(scope, record, route=route, status=status)
         level = logging.INFO
         if status == 500:  # at --log-level error, too, its id must be found
             level = logging.ERROR
@@ -101,6 +114,8 @@ class RequestMiddleware:
                 }
             if record.error_code is not None:
                 fields["error"] = record.error_code
+            if trace_id is not None:
+                fields["trace_id"] = trace_id
             logger.log(level, "request", extra={"fields": fields})
 
 

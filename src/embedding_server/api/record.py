@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from starlette.types import Scope
 
+from embedding_server.engine.stages import Stages
+
 __all__ = ["RequestRecord", "record_of"]
 
 _KEY = "embedding_server.record"
@@ -25,6 +27,8 @@ class RequestRecord:
     error_code: str | None = None
     fault: Exception | None = None
     """What nobody foresaw, once it is logged."""
+    stages: Stages | None = None
+    """Of a request that is traced."""
 
     def attach(self, scope: Scope) -> None:
         """Make ``record_of(scope)`` give this record."""

@@ -20,6 +20,7 @@ from embedding_server.engine.info import ModelInfo
 from embedding_server.engine.parameters import EmbedParams, check_dimensions, prompt_of
 from embedding_server.engine.postprocess import finite_rows, postprocess
 from embedding_server.engine.scheduler import Scheduler
+from embedding_server.engine.stages import Stages
 from embedding_server.engine.throughput import Throughput
 from embedding_server.engine.tokenizer import Input, Tokenizer
 from embedding_server.errors import (
@@ -100,12 +101,15 @@ class Embeddings:
 class _Request:
     """A request's vectors as they come in; done when none is missing."""
 
-    __slots__ = ("arrived", "future", "missing", "vectors")
+    __slots__ = ("arrived", "future", "missing", "stages", "vectors")
 
-    def __init__(self, size: int, dims: int, future: asyncio.Future[None]) -> None:
+    def __init__(
+        self, size: int, dims: int, future: asyncio.Future[None], stages: Stages | None
+    ) -> None:
         self.vectors = np.empty((size, dims), dtype=np.float32)
         self.missing = size
         self.future = future
+        self.stages = stages
         self.arrived = time.perf_counter()
 
     def deliver(self, places: tuple[int, ...], vector: NDArray[np.float32]) -> None:
@@ -188,9 +192,12 @@ class Engine:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def embed(self, inputs: Sequence[Input], params: EmbedParams) -> Embeddings:
+    async def embed(
+        self, inputs: Sequence[Input], params: EmbedParams, stages: Stages | None = None
+    ) -> Embeddings:
         """The vectors of ``inputs``: all texts, or all lists of token ids.
 
+        ``stages`` is told what the request passes, and when.
         Raises InvalidRequest for parameters or inputs this model can't take, Overloaded when
         the queue is full, InferenceFailed, OutOfMemory or InferenceTimedOut when its batch failed
         or hangs, NotReady when closed.
@@ -205,8 +212,8 @@ class Engine:
         self._admitted += 1
         self._metrics.queue_requests.set(self._admitted)
         try:
-            encodings = await self._tokenize(inputs, prompt, params.truncate)
-            vectors = await self._compute(encodings)
+            encodings = await self._tokenize(inputs, prompt, params.truncate, stages)
+            vectors = await self._compute(encodings, stages)
             answer = await self._finish(vectors, encodings, params)
         finally:
             self._admitted -= 1
@@ -217,9 +224,11 @@ class Engine:
         return answer
 
     async def _tokenize(
-        self, inputs: Sequence[Input], prompt: str, truncate: bool
+        self, inputs: Sequence[Input], prompt: str, truncate: bool, stages: Stages | None
     ) -> list[Encoding]:
         started = time.perf_counter()
+        if stages is not None:
+            stages.tokenize_start = started
         # What has no length is no input, and for the tokenizer to refuse.
         characters = sum(len(value) for value in inputs if isinstance(value, Sized))
         characters += len(inputs) * len(prompt)
@@ -240,7 +249,10 @@ class Engine:
         else:
             loop = asyncio.get_running_loop()
             encodings = await loop.run_in_executor(self._tokenizing, work)
-        self._metrics.tokenize_duration.observe(time.perf_counter() - started)
+        ended = time.perf_counter()
+        self._metrics.tokenize_duration.observe(ended - started)
+        if stages is not None:
+            stages.tokenize_end = ended
         tokens = sum(len(encoding.ids) for encoding in encodings)
         if tokens > self._limits.max_request_tokens:
             raise InvalidRequest(
@@ -251,7 +263,9 @@ class Engine:
             )
         return encodings
 
-    async def _compute(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
+    async def _compute(
+        self, encodings: Sequence[Encoding], stages: Stages | None
+    ) -> NDArray[np.float32]:
         """Queue every input or none, and wait for their vectors."""
         if not self.ready:
             raise NotReady(f"The model {self.info.name!r} is shutting down.")
@@ -265,8 +279,10 @@ class Engine:
         if waiting and waiting + tokens > self._limits.max_queued_tokens:
             raise self._overloaded(f"{waiting} tokens are waiting already")
         request = _Request(
-            len(encodings), self._backend.dims, asyncio.get_running_loop().create_future()
+            len(encodings), self._backend.dims, asyncio.get_running_loop().create_future(), stages
         )
+        if stages is not None:
+            stages.queue_start, stages.tokens = request.arrived, tokens
         self._pending.add(request)
         self._scheduler.add(
             [Entry(request, tuple(equal), encoding) for encoding, equal in places.items()]
@@ -353,6 +369,8 @@ class Engine:
             started = time.perf_counter()
             work = partial(self._backend.embed, batch, wide=wide)
             vectors = self._cores.run(work, cores, owner=self.info.name)
+            for stages in _stages_of(entries):
+                stages.batch_started(started)
         except Exception:  # no memory, or no thread
             self._cores.release(cores)
             self._batch_failed(entries)
@@ -380,6 +398,9 @@ class Engine:
             self._batch_failed(entries)
         else:
             self._deliver(running, vectors)
+        finally:
+            for stages in _stages_of(entries):
+                stages.batch_ended(time.perf_counter())
         return True
 
     async def _retry_in_halves(self, running: _Running) -> None:
@@ -503,3 +524,8 @@ async def _inline_or_thread(work: Callable[[], NDArray[Any]], *, small: bool) ->
 def _request_of(entry: Entry) -> _Request:
     assert isinstance(entry.request, _Request)
     return entry.request
+
+
+def _stages_of(entries: Sequence[Entry]) -> set[Stages]:
+    """Of each request that is traced and has one of ``entries``."""
+    return {stages for entry in entries if (stages := _request_of(entry).stages) is not None}

@@ -1,0 +1,208 @@
+"""Every span of OpenTelemetry, named in one place: one a request, its stages below it.
+
+Spans are made when a request is finished, from numbers that were written down on its way. They
+hold route templates, served models and counts: of what a client writes, its x-request-id and its
+trace context alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from opentelemetry import propagate
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.propagators.textmap import Getter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import SpanKind, StatusCode, format_trace_id, set_span_in_context
+from starlette.types import Scope
+
+from embedding_server import __version__
+from embedding_server.api.record import RequestRecord
+from embedding_server.engine.stages import Stages
+from embedding_server.errors import ConfigurationError
+
+__all__ = ["Tracing"]
+
+logger = logging.getLogger(__name__)
+
+# What the end of the process waits for the last spans to be taken.
+_FLUSH_SECONDS = 3.0
+
+# A collector that is away is worth a line now and then.
+_WARNING_SECONDS = 60.0
+
+_PATH = "/v1/traces"
+
+# Others, which a client may make up, are told as _OTHER: the semantic conventions' rule.
+_METHODS = frozenset(
+    ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE", "QUERY")
+)
+
+_Attributes = dict[str, str | int]
+
+
+class Tracing:
+    """Makes spans and sends them to a collector, in a thread of its own.
+
+    ``endpoint`` is the collector's URL as OTEL_EXPORTER_OTLP_ENDPOINT has it; all other
+    variables of OpenTelemetry's SDK mean what they do there. Nothing of it is global but the
+    log. Raises ConfigurationError for variables that the SDK refuses.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        _Relay.install()
+        url = endpoint.rstrip("/").removesuffix(_PATH) + _PATH
+        own = {"service.name": "embedding-server", "service.version": __version__}
+        try:
+            # The environment goes first.
+            resource = Resource.create({**own, **OTELResourceDetector().detect().attributes})
+            self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+            self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(url)))
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ConfigurationError(f"A variable OTEL_… can't work: {error}") from None
+        self._tracer = self._provider.get_tracer("embedding_server", __version__)
+
+    def request_finished(
+        self, scope: Scope, record: RequestRecord, *, route: str, status: int
+    ) -> str:
+        """Make the spans of a request that has ended just now; its trace's id, in hexadecimal.
+
+        They are its caller's, where ``scope`` has a traceparent, and then sampled as it says.
+        ``status`` 499 stands for a client that didn't wait for its answer.
+        """
+        assert record.stages is not None
+        now, now_ns = time.perf_counter(), time.time_ns()
+
+        def wall(stamp: float) -> int:
+            """``stamp`` in nanoseconds of Unix time."""
+            return now_ns - round((now - stamp) * 1e9)
+
+        attributes = _server_attributes(scope, record, route, status)
+        method = str(attributes["http.request.method"]).replace("_OTHER", "HTTP")
+        span = self._tracer.start_span(
+            f"{method} {route}" if "http.route" in attributes else method,
+            context=propagate.extract(scope["headers"], getter=_HEADERS),
+            kind=SpanKind.SERVER,
+            attributes=attributes,
+            start_time=wall(record.stages.request_start),
+        )
+        if span.is_recording():
+            if status >= 500 or record.fault is not None:
+                span.set_status(StatusCode.ERROR)
+            below = set_span_in_context(span)
+            for name, start, end, more in _stages(record.stages, now):
+                child = self._tracer.start_span(
+                    name, below, attributes=more, start_time=wall(start)
+                )
+                child.end(wall(end))
+            span.end(now_ns)
+        return format_trace_id(span.get_span_context().trace_id)
+
+    def close(self) -> None:
+        """Send the last spans; waits for a few seconds only, as the collector may be gone."""
+        flushing = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
+        flushing.start()
+        flushing.join(_FLUSH_SECONDS)
+        if flushing.is_alive():
+            logger.warning("the last traces could not be sent within %d s", _FLUSH_SECONDS)
+
+
+def _server_attributes(scope: Scope, record: RequestRecord, route: str, status: int) -> _Attributes:
+    """By the semantic conventions for HTTP servers and for GenAI; what is ours has our name."""
+    method = scope["method"]
+    attributes: _Attributes = {
+        "http.request.method": method if method in _METHODS else "_OTHER",
+        "http.response.status_code": status,
+        "url.scheme": scope.get("scheme", "http"),
+        "network.protocol.version": scope["http_version"],
+        "embedding_server.request_id": record.id,
+    }
+    if route != "unmatched":
+        attributes["http.route"] = route
+        if "{" not in route:  # else the path has what a client wrote
+            attributes["url.path"] = scope["path"]
+    if route.endswith("/embeddings"):
+        attributes["gen_ai.operation.name"] = "embeddings"
+    if record.model:
+        attributes |= {
+            "gen_ai.request.model": record.model,
+            "gen_ai.usage.input_tokens": record.tokens,
+            "embedding_server.inputs": record.inputs,
+            "embedding_server.truncated": record.truncated,
+        }
+    if status == 499:
+        attributes["error.type"] = "client_disconnected"
+    elif status >= 500 or record.fault is not None:
+        attributes["error.type"] = record.error_code or "internal_error"
+    elif record.error_code is not None:  # the client's error, which is none of the server's span
+        attributes["embedding_server.error_code"] = record.error_code
+    return attributes
+
+
+def _stages(stages: Stages, now: float) -> Iterator[tuple[str, float, float, _Attributes]]:
+    """``(name, start, end, attributes)`` of each that was reached; none ends after ``now``."""
+    if stages.tokenize_start:
+        yield "tokenize", stages.tokenize_start, stages.tokenize_end or now, {}
+    if stages.queue_start:
+        yield "queue", stages.queue_start, stages.inference_start or now, {}
+    if stages.inference_start:
+        end = now if stages.running else stages.inference_end
+        yield (
+            "inference",
+            stages.inference_start,
+            end,
+            {
+                "embedding_server.batches": stages.batches,
+                "embedding_server.tokens": stages.tokens,
+            },
+        )
+
+
+class _Headers(Getter[Iterable[tuple[bytes, bytes]]]):
+    """ASGI's headers, for OpenTelemetry's propagators."""
+
+    def get(self, carrier: Iterable[tuple[bytes, bytes]], key: str) -> list[str] | None:
+        name = key.lower().encode("latin-1")
+        values = [value.decode("latin-1") for header, value in carrier if header == name]
+        # In one, as HTTP has it: of two traceparents none is taken, and not the first.
+        return [",".join(values)] if values else None
+
+    def keys(self, carrier: Iterable[tuple[bytes, bytes]]) -> list[str]:
+        return [header.decode("latin-1") for header, _ in carrier]
+
+
+_HEADERS = _Headers()
+
+
+class _Relay(logging.Handler):
+    """Brings what OpenTelemetry warns of into our log: of each of its modules a line a minute."""
+
+    # These warn of what a client has sent, and tell it.
+    _ABOUT_CLIENTS = ("opentelemetry.trace.", "opentelemetry.baggage.", "opentelemetry.propagators")
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(logging.WARNING)
+        self._clock = clock
+        self._quiet_until: dict[str, float] = {}
+
+    @classmethod
+    def install(cls) -> None:
+        """Take the place of the log's own way to tell them, once in a process."""
+        source = logging.getLogger("opentelemetry")
+        source.propagate = False
+        if not any(isinstance(handler, cls) for handler in source.handlers):
+            source.addHandler(cls())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        now = self._clock()
+        if record.name.startswith(self._ABOUT_CLIENTS):
+            return
+        if now < self._quiet_until.get(record.name, now):
+            return
+        self._quiet_until[record.name] = now + _WARNING_SECONDS
+        logger.warning("OpenTelemetry: %s", record.getMessage())

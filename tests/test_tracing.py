@@ -203,6 +203,16 @@ def test_every_other_route_is_a_span_alone(server_name: str) -> None:
         assert_whole(traced.trace_of(by_get))
 
 
+def test_fastapi_makes_no_spans_beside_ours(traced: Traced) -> None:
+    trace_id, _, header = traceparent()
+    traced.client.get("/v1/models", headers={"traceparent": header})
+    # Its own would have come by the time that a later request's has.
+    for _ in range(3):
+        traced.trace_of(traced.client.get("/v1/models"))
+    assert len(traced.collector.of_trace(trace_id)) == 1
+    assert not [span for span in traced.collector.spans if span.name.startswith("fastapi.")]
+
+
 def test_health_and_metrics_are_no_spans(traced: Traced) -> None:
     for path in ("/health", "/health/live", "/health/ready", "/metrics"):
         assert traced.client.get(path).status_code == 200
@@ -462,6 +472,14 @@ def test_the_name_and_the_sampler_are_the_environments() -> None:
     assert {span.resource["service.name"] for span in collector.spans} == {"search-vectors"}
     assert {span.resource["service.version"] for span in collector.spans} == {__version__}
     assert collector.headers[0]["content-encoding"] == "gzip"
+
+
+def test_the_sdk_can_be_switched_off() -> None:
+    with collecting() as collector:
+        environment = {**NEVER, "OTEL_SDK_DISABLED": "true"}
+        with tracing_server(collector, env=environment) as traced:
+            assert "trace_id" not in traced.logged(traced.embed("iPhone"))
+        assert collector.bodies == []
 
 
 # Collectors that fail

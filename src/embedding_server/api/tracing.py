@@ -69,9 +69,10 @@ class Tracing:
 
     def request_finished(
         self, scope: Scope, record: RequestRecord, *, route: str, status: int
-    ) -> str:
+    ) -> str | None:
         """Make the spans of a request that has ended just now; its trace's id, in hexadecimal.
 
+        The id is None where OTEL_SDK_DISABLED has the SDK make none.
         They are its caller's, where ``scope`` has a traceparent, and then sampled as it says.
         ``status`` 499 stands for a client that didn't wait for its answer.
         """
@@ -101,7 +102,8 @@ class Tracing:
                 )
                 child.end(wall(end))
             span.end(now_ns)
-        return format_trace_id(span.get_span_context().trace_id)
+        context = span.get_span_context()
+        return format_trace_id(context.trace_id) if context.is_valid else None
 
     def close(self) -> None:
         """Send the last spans; waits for a few seconds only, as the collector may be gone."""

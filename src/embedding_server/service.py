@@ -85,6 +85,7 @@ class Service:
 
     def reload(self) -> None:
         """Read API keys and certificates again; what can't be used is told, and the old goes on."""
+        self.app.state.api_keys.reload()
         if self._tls is not None:
             try:
                 self._tls.reload()

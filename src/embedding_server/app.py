@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from embedding_server import __version__
 from embedding_server.api import docs_page, embeddings, health, models
-from embedding_server.api.body import BodyBudget
+from embedding_server.api.body import Bodies
 from embedding_server.api.cors import Cors
 from embedding_server.api.documentation import use_own_openapi
 from embedding_server.api.errors import add_error_handlers
@@ -111,7 +111,7 @@ def create_app(
     app.state.registry = registry
     app.state.draining = False
     app.state.siblings = ""  # what is wrong with other processes of this server
-    app.state.bodies = BodyBudget(settings.max_body_bytes)
+    app.state.bodies = Bodies(max_body_bytes=settings.max_body_bytes, timeout=settings.body_timeout)
     app.state.api_keys = keys
     for router in _ROUTERS:
         app.include_router(router)

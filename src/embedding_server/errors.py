@@ -7,6 +7,7 @@
     │   ├── ContextLengthExceeded     an input is over the model's length and may not be cut
     │   ├── ModelNotFound             no model of that name is served
     │   ├── BodyTooLarge              the request's body is over the limit
+    │   ├── BodyTooSlow               the request's body takes too long to come
     │   ├── UnsupportedContent        the body is not plain JSON
     │   └── Unauthenticated           a key is needed, and none or a wrong one came
     ├── Overloaded                    the queue is full; says when to come back
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 __all__ = [
     "BodyTooLarge",
+    "BodyTooSlow",
     "ConfigurationError",
     "ContextLengthExceeded",
     "DeadlineExceeded",
@@ -93,6 +95,12 @@ class BodyTooLarge(InvalidRequest):
     """The request's body is over the limit."""
 
     default_code = "request_too_large"
+
+
+class BodyTooSlow(InvalidRequest):
+    """The request's body takes too long to come."""
+
+    default_code = "request_timeout"
 
 
 class UnsupportedContent(InvalidRequest):

@@ -276,6 +276,9 @@ class Settings(BaseSettings):
     def _settings_fit_together(self) -> Settings:
         if not all(key.get_secret_value() for key in self.api_key):
             raise ValueError("--api-key is empty; leave it out to let everyone in")
+        for flag, file in (("--tls-key", self.tls_key), ("--tls-client-ca", self.tls_client_ca)):
+            if file is not None and self.tls_cert is None:
+                raise ValueError(f"{flag} needs --tls-cert, the certificate to serve HTTPS with")
         return self
 
     @classmethod

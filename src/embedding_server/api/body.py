@@ -1,16 +1,24 @@
-"""Reads a request's JSON body within its limit, and within that of all bodies together."""
+"""Reads a request's JSON body within its limits, and within those of all bodies together."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from embedding_server.errors import BodyTooLarge, InvalidRequest, Overloaded, UnsupportedContent
+from embedding_server.errors import (
+    BodyTooLarge,
+    BodyTooSlow,
+    InvalidRequest,
+    Overloaded,
+    UnsupportedContent,
+)
 
-__all__ = ["Body", "BodyBudget"]
+__all__ = ["Bodies", "Body"]
 
 # Of the largest size, this many at a time: before a model's own limits can be asked, a body takes
 # several times its bytes to be read and parsed.
@@ -19,13 +27,23 @@ _LARGEST_AT_A_TIME = 4
 # A body that came whole and is no larger than this isn't counted: there can't be many.
 _SHORT = 64 * 1024
 
+# Between two looks at the bodies that are waited for: one timer for all of them costs nothing to
+# those that come at once.
+_LOOK_SECONDS = 1.0
 
-class BodyBudget:
-    """The bytes of bodies that a process holds now, and how many it may."""
 
-    def __init__(self, max_body_bytes: int) -> None:
+class Bodies:
+    """All bodies that a process reads and holds now: their bytes, and how long they may take.
+
+    ``timeout`` is in seconds, for each body. For use in one event loop.
+    """
+
+    def __init__(self, *, max_body_bytes: int, timeout: float) -> None:
         self.max_body_bytes = max_body_bytes
         self.held = 0
+        self._timeout = timeout
+        self._since: dict[asyncio.Task[Any], float] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
     def check(self, more: int) -> None:
         """Raise Overloaded if there is no room for ``more`` bytes."""
@@ -36,31 +54,74 @@ class BodyBudget:
                 retry_after=1.0,
             )
 
+    def watch(self, task: asyncio.Task[Any]) -> None:
+        """Cancel ``task`` after the time that a body may take, unless ``leave`` comes before."""
+        loop = task.get_loop()
+        self._since[task] = loop.time()
+        if self._timer is None:
+            self._timer = loop.call_later(_LOOK_SECONDS, self._look)
+
+    def leave(self, task: asyncio.Task[Any]) -> bool:
+        """Whether ``task`` was watched until now, and not cancelled."""
+        return self._since.pop(task, None) is not None
+
+    def too_slow(self) -> BodyTooSlow:
+        """What a task was cancelled for."""
+        return BodyTooSlow(
+            f"The body did not come within {self._timeout:g} s; send the inputs in parts."
+        )
+
+    def _look(self) -> None:
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        for task, since in list(self._since.items()):
+            if loop.time() - since > self._timeout:
+                del self._since[task]
+                task.cancel()
+        if self._since:
+            self._timer = loop.call_later(_LOOK_SECONDS, self._look)
+
 
 class Body:
     """One request's body; ``close`` it when nothing of it is held any more."""
 
-    __slots__ = ("_budget", "_held")
+    __slots__ = ("_bodies", "_held")
 
-    def __init__(self, budget: BodyBudget) -> None:
-        self._budget = budget
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
         self._held = 0
 
     async def read(self, request: Request) -> bytes:
         """The whole body.
 
         Raises UnsupportedContent for anything but plain JSON, BodyTooLarge once more bytes than
-        a body may have are announced or have come, and Overloaded when other bodies leave no room
-        for them.
+        a body may have are announced or have come, BodyTooSlow when it takes too long, and
+        Overloaded when other bodies leave no room for it.
         """
+        task = asyncio.current_task()
+        assert task is not None
+        self._bodies.watch(task)
+        try:
+            body = await self._read(request)
+        except asyncio.CancelledError:
+            if self._bodies.leave(task) or task.uncancel() > 0:  # by another, too
+                raise
+            raise self._bodies.too_slow() from None
+        except BaseException:
+            self._bodies.leave(task)
+            raise
+        self._bodies.leave(task)
+        return body
+
+    async def _read(self, request: Request) -> bytes:
         headers: dict[bytes, bytes] = dict(request.scope["headers"])
         _check_type(headers)
-        limit = self._budget.max_body_bytes
+        limit = self._bodies.max_body_bytes
         announced = _announced(headers)
         if announced > limit:
             raise _too_large(limit)
         if announced > _SHORT:
-            self._budget.check(announced)  # before any of it has come
+            self._bodies.check(announced)  # before any of it has come
         chunk, more = await _next_chunk(request)
         if not more and len(chunk) <= min(_SHORT, limit):
             return _not_empty(chunk)
@@ -69,8 +130,8 @@ class Body:
             chunks += chunk
             if len(chunks) > limit:
                 raise _too_large(limit)
-            self._budget.check(len(chunk))
-            self._budget.held += len(chunk)
+            self._bodies.check(len(chunk))
+            self._bodies.held += len(chunk)
             self._held += len(chunk)
             if not more:
                 return _not_empty(bytes(chunks))
@@ -78,7 +139,7 @@ class Body:
 
     def close(self) -> None:
         """Make room for others."""
-        self._budget.held -= self._held
+        self._bodies.held -= self._held
         self._held = 0
 
 

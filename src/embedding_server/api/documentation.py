@@ -15,6 +15,7 @@ ERROR_REASONS = {
     400: "The request can't be served as it is: the message says which field and why.",
     401: "An API key is set, and the request has none or a wrong one.",
     404: "No such model is served; the message lists the served ones.",
+    408: "The body did not come in time.",
     413: "The body is over the limit.",
     415: "The body is not plain JSON.",
     429: "The queue is full; `Retry-After` says when to come back, in seconds.",

@@ -39,7 +39,7 @@ _INLINE_BYTES = 256 * 1024
 # Up to here an answer is serialised in well under a millisecond, in the event loop.
 _INLINE_VALUES = 32 * 1024
 
-_ERRORS = errors(400, 401, 404, 413, 415, 429, 500, 503, 504)
+_ERRORS = errors(400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
 def _responses(schema: type[Any]) -> dict[int | str, dict[str, Any]]:

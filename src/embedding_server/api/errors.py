@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from embedding_server.api.record import record_of
 from embedding_server.errors import (
     BodyTooLarge,
+    BodyTooSlow,
     ConfigurationError,
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -43,6 +44,7 @@ ERROR_STATUS: Mapping[type[EmbeddingServerError], tuple[int, str]] = {
     ContextLengthExceeded: (400, "invalid_request_error"),
     Unauthenticated: (401, "invalid_request_error"),
     ModelNotFound: (404, "invalid_request_error"),
+    BodyTooSlow: (408, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
     UnsupportedContent: (415, "invalid_request_error"),
     Overloaded: (429, "rate_limit_error"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -17,7 +18,7 @@ from embedding_server.api.errors import error_answer, fault_answer
 from embedding_server.api.keys import ApiKeys
 from embedding_server.api.record import RequestRecord, record_of
 from embedding_server.engine.stages import Stages
-from embedding_server.errors import EmbeddingServerError, Unauthenticated
+from embedding_server.errors import EmbeddingServerError, NotReady, Unauthenticated
 from embedding_server.telemetry import Telemetry
 
 if TYPE_CHECKING:  # OpenTelemetry is loaded where it is used only
@@ -73,6 +74,10 @@ class RequestMiddleware:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             pass
+        except asyncio.CancelledError:  # by the server, whose time to drain is over
+            if status is None:
+                told = NotReady("The server has to end, and cuts requests under way. Try again.")
+                await error_answer(told)(scope, receive, send_with_id)
         except Exception as error:
             answer = fault_answer(scope, error)
             if status is None:

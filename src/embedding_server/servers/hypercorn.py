@@ -8,6 +8,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
+from typing import Any
 
 import h2.events
 import h11
@@ -49,6 +50,7 @@ class HypercornServer:
 
         async def main() -> None:
             self._loop = asyncio.get_running_loop()
+            self._loop.set_exception_handler(_tell_fault)
             on_start()
             await serve(
                 self._app,  # type: ignore[arg-type]
@@ -66,6 +68,12 @@ class HypercornServer:
             return
         with contextlib.suppress(RuntimeError):  # it has ended
             self._loop.call_soon_threadsafe(self._stopping.set)
+
+
+def _tell_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """All but connections that were cut, and handshakes that failed."""
+    if not isinstance(context.get("exception"), (asyncio.CancelledError, ssl.SSLError)):
+        loop.default_exception_handler(context)
 
 
 class _Config(Config):
@@ -91,12 +99,18 @@ class _Config(Config):
 class _Connection(TCPServer):
     """Gives up a client that doesn't read its answer."""
 
+    async def run(self) -> None:
+        self._task = asyncio.current_task()
+        await super().run()
+
     async def protocol_send(self, event: Event) -> None:
         try:
             async with asyncio.timeout(self.config.keep_alive_timeout):
                 await super().protocol_send(event)
         except TimeoutError:
             self.writer.transport.abort()
+            assert self._task is not None
+            self._task.cancel()  # it may wait for this answer's end, to read the next request
 
 
 class _Http1(H11Protocol):

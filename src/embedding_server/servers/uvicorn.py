@@ -203,16 +203,19 @@ class _Http1(HttpToolsProtocol):
             head = b"".join(b"%b: %b\r\n" % header for header in headers)
             self.transport.write(b"%b\r\n%b\r\n%b" % (line, head, body))
             self.transport.close()
-        else:  # it would be taken for the answer to the request before, which closes now
+        elif self.cycle.response_complete:
+            self.transport.close()
+        else:  # it would be taken for the answer to the request before, with which all ends now
             self.cycle.keep_alive = False
 
     def _can_answer(self) -> bool:
         """Whether an answer would be taken for that of the request which is coming in."""
         cycle = self.cycle
-        if cycle is None or cycle.response_complete:
+        if cycle is None:
             return True
-        in_body = cycle.more_body and not self._in_head
-        return in_body and not cycle.response_started and not self.pipeline
+        if self._in_head or not cycle.more_body:
+            return cycle.response_complete
+        return not cycle.response_started and not self.pipeline
 
     def _should_upgrade(self) -> bool:
         """Asked about each offer, before ``data_received`` hears of it: begin no request yet."""

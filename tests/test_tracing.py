@@ -133,7 +133,7 @@ def assert_whole(trace: list[Span]) -> None:
     assert own.kind == "SERVER"
     assert all(own.contains(stage) for stage in trace[1:])
     assert own.start < tokenize.start < tokenize.end <= queue.start < queue.end
-    assert queue.end == inference.start < inference.end
+    assert queue.end == inference.start < inference.end < own.end
 
 
 # What a request's trace is
@@ -452,7 +452,8 @@ def test_the_resource_and_the_variables_of_the_sdk(traced: Traced) -> None:
     assert traced.collector.headers[-1]["x-tenant"] == "search"
 
 
-def test_the_name_and_the_sampler_are_the_environments() -> None:
+@pytest.mark.parametrize("server_name", SERVERS)
+def test_the_name_and_the_sampler_are_the_environments(server_name: str) -> None:
     environment = {
         **NEVER,
         "OTEL_SERVICE_NAME": "search-vectors",
@@ -460,7 +461,7 @@ def test_the_name_and_the_sampler_are_the_environments() -> None:
         "OTEL_EXPORTER_OTLP_COMPRESSION": "gzip",
     }
     with collecting() as collector:
-        with tracing_server(collector, env=environment) as traced:
+        with tracing_server(collector, "--server", server_name, env=environment) as traced:
             traced.embed("iPhone")
             trace_id, _, header = traceparent()
             response = traced.embed("iPhone", traceparent=header)
@@ -530,6 +531,9 @@ def test_warnings_are_told_once_a_minute_by_each_part(caplog: pytest.LogCaptureF
                 relay.handle(logging.LogRecord(name, logging.ERROR, "", 0, name, None, None))
     told = [record.getMessage() for record in caplog.records]
     assert told == ["OpenTelemetry: opentelemetry.a", "OpenTelemetry: opentelemetry.b"] * 3
+    fault = (OSError, OSError("disk"), None)
+    relay.handle(logging.LogRecord("opentelemetry.c", logging.ERROR, "", 0, "fault", None, fault))
+    assert caplog.messages[-1] == "OpenTelemetry: fault (OSError)"
 
 
 # On and off

@@ -38,7 +38,7 @@ _WARNING_SECONDS = 60.0
 
 _PATH = "/v1/traces"
 
-# Others, which a client may make up, are told as _OTHER: the semantic conventions' rule.
+# A client may make up others; they are told as the semantic conventions have it.
 _METHODS = frozenset(
     ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE", "QUERY")
 )
@@ -83,13 +83,12 @@ class Tracing:
             """``stamp`` in nanoseconds of Unix time."""
             return now_ns - round((now - stamp) * 1e9)
 
-        attributes = _server_attributes(scope, record, route, status)
-        method = str(attributes["http.request.method"]).replace("_OTHER", "HTTP")
+        method = scope["method"] if scope["method"] in _METHODS else "HTTP"
         span = self._tracer.start_span(
-            f"{method} {route}" if "http.route" in attributes else method,
+            method if route == "unmatched" else f"{method} {route}",
             context=propagate.extract(scope["headers"], getter=_HEADERS),
             kind=SpanKind.SERVER,
-            attributes=attributes,
+            attributes=_server_attributes(scope, record, route, status),
             start_time=wall(record.stages.request_start),
         )
         if span.is_recording():
@@ -207,4 +206,6 @@ class _Relay(logging.Handler):
         if now < self._quiet_until.get(record.name, now):
             return
         self._quiet_until[record.name] = now + _WARNING_SECONDS
-        logger.warning("OpenTelemetry: %s", record.getMessage())
+        error = record.exc_info[1] if record.exc_info else None
+        because = f" ({type(error).__name__})" if error else ""
+        logger.warning("OpenTelemetry: %s%s", record.getMessage(), because)

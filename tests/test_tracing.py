@@ -324,7 +324,7 @@ def test_a_clients_error_is_told_but_is_not_the_servers(traced: Traced) -> None:
         ),
         (
             traced.client.post("/v1/embeddings", json=body, headers=wrong),
-            "POST", 401, "invalid_api_key",
+            "POST /v1/embeddings", 401, "invalid_api_key",
         ),
         (traced.client.get(f"/{made_up}"), "GET", 404, "not_found"),
         (
@@ -382,6 +382,24 @@ def test_a_server_that_is_not_ready_is_told(use_backend: Any) -> None:
             Blocked.release()
     (own,) = collector.spans
     assert (own.status, own.attributes["error.type"]) == ("ERROR", "not_ready")
+
+
+def test_a_deadline_that_passed_is_told_with_where(use_backend: Any) -> None:
+    Blocked.reset(load=True)
+    use_backend(Blocked)
+    with collecting() as collector, serving(model=(MODEL,), otlp_endpoint=collector.url) as it:
+        try:
+            body, soon = {"model": MODEL, "input": "iPhone"}, {"x-request-timeout": "0.1"}
+            response = httpx.post(f"{it.url}/v1/embeddings", json=body, headers=soon)
+            assert response.status_code == 504
+            until(lambda: bool(collector.spans))
+        finally:
+            Blocked.release()
+    own, *stages = collector.of_trace(collector.spans[0].trace_id)
+    assert own.attributes["http.response.status_code"] == 504
+    assert (own.status, own.attributes["error.type"]) == ("ERROR", "deadline_exceeded")
+    assert [span.name for span in stages] == STAGES
+    assert stages[-1].end == own.end
 
 
 def test_a_client_that_hangs_up_is_told_with_where_it_waited(use_backend: Any) -> None:
@@ -483,6 +501,19 @@ def test_the_sdk_can_be_switched_off() -> None:
         assert collector.bodies == []
 
 
+def test_each_worker_sends_its_own() -> None:
+    def instances() -> set[str | int]:
+        with httpx.Client(base_url=traced.server.url, headers=KEYED) as client:
+            client.get("/v1/models")  # by whichever worker takes the connection
+        return {span.resource["service.instance.id"] for span in list(collector.spans)}
+
+    with collecting() as collector:
+        with tracing_server(collector, "--workers", "2", env=SOON) as traced:
+            until(lambda: len(instances()) == 2)
+            traced.client.get("/v1/models", headers={"x-request-id": "the-last"})
+        assert collector.of_request("the-last") is not None, "sent at the end, at the latest"
+
+
 # Collectors that fail
 
 
@@ -534,6 +565,15 @@ def test_warnings_are_told_once_a_minute_by_each_part(caplog: pytest.LogCaptureF
     fault = (OSError, OSError("disk"), None)
     relay.handle(logging.LogRecord("opentelemetry.c", logging.ERROR, "", 0, "fault", None, fault))
     assert caplog.messages[-1] == "OpenTelemetry: fault (OSError)"
+
+
+def test_a_header_for_the_collector_is_never_logged() -> None:
+    environment = {**SOON, "OTEL_EXPORTER_OTLP_HEADERS": 'x-a=1,authorization="zebra4717"'}
+    with collecting() as collector, tracing_server(collector, env=environment) as traced:
+        traced.trace_of(traced.client.get("/v1/models"))
+        assert "OTEL_EXPORTER_OTLP_HEADERS has a part" in traced.server.log
+        assert "zebra4717" not in traced.server.log
+        assert collector.headers[0]["x-a"] == "1"
 
 
 # On and off

@@ -153,15 +153,11 @@ def _stages(stages: Stages, now: float) -> Iterator[tuple[str, float, float, _At
         yield "queue", stages.queue_start, stages.inference_start or now, {}
     if stages.inference_start:
         end = now if stages.running else stages.inference_end
-        yield (
-            "inference",
-            stages.inference_start,
-            end,
-            {
-                "embedding_server.batches": stages.batches,
-                "embedding_server.tokens": stages.tokens,
-            },
-        )
+        computed: _Attributes = {
+            "embedding_server.batches": stages.batches,
+            "embedding_server.tokens": stages.tokens,
+        }
+        yield "inference", stages.inference_start, end, computed
 
 
 class _Headers(Getter[Iterable[tuple[bytes, bytes]]]):
@@ -186,6 +182,9 @@ class _Relay(logging.Handler):
     # These warn of what a client has sent, and tell it.
     _ABOUT_CLIENTS = ("opentelemetry.trace.", "opentelemetry.baggage.", "opentelemetry.propagators")
 
+    # This tells a malformed header for the collector, and so perhaps a key.
+    _ABOUT_HEADERS = "opentelemetry.util.re"
+
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(logging.WARNING)
         self._clock = clock
@@ -206,6 +205,10 @@ class _Relay(logging.Handler):
         if now < self._quiet_until.get(record.name, now):
             return
         self._quiet_until[record.name] = now + _WARNING_SECONDS
+        if record.name == self._ABOUT_HEADERS:
+            message = "OTEL_EXPORTER_OTLP_HEADERS has a part that is no name=value, URL-encoded"
+        else:
+            message = record.getMessage()
         error = record.exc_info[1] if record.exc_info else None
         because = f" ({type(error).__name__})" if error else ""
-        logger.warning("OpenTelemetry: %s%s", record.getMessage(), because)
+        logger.warning("OpenTelemetry: %s%s", message, because)

@@ -25,7 +25,7 @@ class Stages:
     tokens: int = 0
     """Tokens to compute; of equal inputs, those of one."""
     batches: int = 0
-    """How many batches hold an input of the request."""
+    """How many batches held an input of the request; one tried again in halves counts anew."""
     running: int = 0
     """How many of them have not ended."""
 

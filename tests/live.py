@@ -49,12 +49,15 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 @contextmanager
 def running_server(
-    *arguments: str, env: Mapping[str, str] | None = None, wait: bool = True
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    wait: bool = True,
+    program: Sequence[str] = ("-m", "embedding_server.cli"),
 ) -> Iterator[LiveServer]:
     """``embedding-server serve`` with ``arguments``; with ``wait``, ready before the body runs."""
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "server.log"
-        command = [sys.executable, "-m", "embedding_server.cli", "serve", "--port", "0"]
+        command = [sys.executable, *program, "serve", "--port", "0"]
         with log_file.open("wb") as log:
             process = subprocess.Popen(
                 [*command, *arguments], env=environment(env), stdout=log, stderr=log

@@ -481,7 +481,7 @@ def test_vectors_that_are_not_finite(use_backend: Any, tiny_model: Path) -> None
         assert "NaN" not in response.text
 
 
-@by_name([operation for operation in OPERATIONS if operation[1] != "/health/live"])
+@by_name(OPERATIONS)
 def test_a_fault_of_ours(
     method: str, path: str, faulty: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 import time
 from collections import deque
@@ -27,15 +28,17 @@ from embedding_server.engine.scheduler import Scheduler
 from embedding_server.errors import (
     ContextLengthExceeded,
     InferenceFailed,
+    InferenceTimedOut,
     InvalidRequest,
     NotReady,
+    OutOfMemory,
     Overloaded,
 )
 from embedding_server.telemetry import Telemetry
 
 MODEL = "fake"
-RAISES, NAN, INFINITE = 901, 902, 903
-"""Tokens that make the fake backend fail."""
+RAISES, NAN, INFINITE, LARGE, HUGE = 901, 902, 903, 904, 905
+"""Tokens that make the fake backend fail; memory runs out for LARGE unless it is alone."""
 UNSCALED = EmbedParams(normalize=False)
 
 
@@ -79,6 +82,7 @@ class FakeBackend:
         self.batches: list[list[list[int]]] = []
         self.seconds = 0.0
         self.extra_rows = 0
+        self.answer: Callable[[NDArray[np.float32]], Any] | None = None
 
     def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
         sequences = [part.tolist() for part in np.split(batch.input_ids, batch.cu_seqlens[1:-1])]
@@ -87,12 +91,17 @@ class FakeBackend:
         time.sleep(self.seconds)
         if any(RAISES in sequence for sequence in sequences):
             raise RuntimeError("secret detail of the backend")
+        alone = len(sequences) == 1
+        if any(HUGE in s or (LARGE in s and not alone) for s in sequences):
+            raise MemoryError
         vectors = np.array([vector_of(s) for s in sequences], dtype=np.float32)
         for row, sequence in enumerate(sequences):
             if NAN in sequence:
                 vectors[row, 1] = np.nan
             if INFINITE in sequence:
                 vectors[row, 3] = np.inf
+        if self.answer is not None:
+            return self.answer(vectors)  # type: ignore[no-any-return]
         return np.concatenate([vectors, np.zeros((self.extra_rows, self.dims), np.float32)])
 
 
@@ -139,6 +148,8 @@ class Bench:
     max_request_tokens: int = 100_000
     padded: bool = False
     core_count: int = 1
+    timeout: float | None = None
+    real_threads: bool = False
     info: ModelInfo = field(default_factory=lambda: model_info())
 
     def __post_init__(self) -> None:
@@ -146,7 +157,8 @@ class Bench:
         self.tokenizer = FakeTokenizer()
         self.backend = FakeBackend(padded=self.padded)
         self.executor = FakeExecutor()
-        self.cores = Cores(self.core_count, executor=self.executor)
+        executor = None if self.real_threads else self.executor
+        self.cores = Cores(self.core_count, timeout=self.timeout, executor=executor)
         self.tokenizing = ThreadPoolExecutor(2)
         self.scheduler = MortalScheduler(max_batch_tokens=self.max_batch_tokens, padded=self.padded)
         self.engine = Engine(
@@ -162,6 +174,11 @@ class Bench:
             metrics=self.telemetry.for_model(MODEL),
         )
 
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Of all batches that the backend was asked for."""
+        return [len(batch) for batch in self.backend.batches]
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self.engine.start()
@@ -170,6 +187,8 @@ class Bench:
         finally:
             await self.engine.close()
             self.tokenizing.shutdown()
+            if self.real_threads:
+                self.cores.close()
 
     def send(self, *texts: str, params: EmbedParams = UNSCALED) -> asyncio.Task[Embeddings]:
         return asyncio.create_task(self.engine.embed(texts, params))
@@ -596,6 +615,247 @@ def test_an_answer_of_the_wrong_shape_fails_its_batch() -> None:
     run_on(bench, scenario)
 
 
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        pytest.param(lambda vectors: None, "NoneType instead of an array", id="none"),
+        pytest.param(lambda vectors: vectors.tolist(), "list instead of an array", id="list"),
+        pytest.param(lambda vectors: vectors.astype(np.float64), "float64 instead", id="float64"),
+        pytest.param(lambda vectors: vectors.astype(object), "object instead", id="objects"),
+        pytest.param(lambda vectors: vectors[:, :3], r"shape \(1, 3\)", id="narrow"),
+        pytest.param(lambda vectors: vectors[0], r"shape \(4,\)", id="flat"),
+        pytest.param(lambda vectors: vectors[:0], r"shape \(0, 4\)", id="nothing"),
+    ],
+)
+def test_no_answer_ends_the_batch_loop(
+    answer: Callable[[NDArray[np.float32]], Any], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        bench.backend.answer = answer
+        for _ in range(2):
+            with pytest.raises(InferenceFailed, match="wrong shape or kind"):
+                await bench.send("1")
+        bench.backend.answer = None
+        assert (await bench.send("3")).vectors.tolist() == expected("3")
+        assert bench.metric("failed_batches_total") == 2
+
+    run_on(bench, scenario)
+    assert re.search(told, caplog.text)
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), StopIteration()], ids=repr)
+def test_no_exception_ends_the_batch_loop(error: BaseException) -> None:
+    """As they come out of a thread."""
+    bench = Bench(real_threads=True)
+
+    def refuse(vectors: NDArray[np.float32]) -> Any:
+        raise error
+
+    async def scenario() -> None:
+        bench.backend.answer = refuse
+        with pytest.raises(InferenceFailed):
+            await bench.send("1")
+        bench.backend.answer = None
+        assert (await bench.send("3")).vectors.tolist() == expected("3")
+
+    run_on(bench, scenario)
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def test_a_batch_without_memory_is_halved_down_to_one_input(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bench = Bench()
+    texts = [*(f"{number} 7" for number in range(6)), f"6 {LARGE}", "8 7"]
+
+    async def scenario() -> None:
+        answer = await bench.send(*texts)
+        assert answer.vectors.tolist() == expected(*texts)
+        assert bench.batch_sizes == [8, 4, 4, 2, 2, 1, 1]
+        assert bench.cores.free == 1
+        assert bench.metric("out_of_memory_total") == 1
+        assert bench.metric("failed_batches_total") == 0
+
+    run_on(bench, scenario)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_an_input_that_is_too_large_alone_fails_its_request_only(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bench = Bench(core_count=2)
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        tasks = [bench.send("9"), bench.send("8")]
+        await settle()
+        good = [bench.send(f"{number} 7") for number in range(5)]
+        bad = [bench.send(f"{HUGE} 7", "1 2"), bench.send(f"{HUGE} 7"), bench.send(f"8 {HUGE}")]
+        await settle()
+        bench.executor.held = False
+        bench.executor.step()
+        bench.executor.step()
+        for number, task in enumerate(good):
+            assert (await task).vectors.tolist() == expected(f"{number} 7")
+        for task in bad:
+            with pytest.raises(OutOfMemory, match="2 tokens, even alone"):
+                await task
+        await asyncio.gather(*tasks)
+        assert bench.engine.ready
+        assert bench.cores.free == 2
+        assert bench.scheduler.tokens == 0
+
+    run_on(bench, scenario)
+    events = bench.metric("out_of_memory_total")
+    levels = [record.levelname for record in caplog.records]
+    assert 1 <= events <= 2
+    assert levels.count("WARNING") == events
+    assert levels.count("ERROR") <= events
+    assert bench.metric("failed_batches_total") == levels.count("ERROR")
+
+
+def test_what_nobody_wants_any_more_is_not_tried_again() -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        first = bench.send("9")
+        await settle()
+        unwanted, wanted = bench.send(f"1 {LARGE}", f"2 {LARGE}"), bench.send("3 3", "4 4")
+        await settle()
+        bench.executor.step()
+        await settle()
+        unwanted.cancel()
+        await settle()
+        bench.executor.held = False
+        bench.executor.step()
+        assert (await wanted).vectors.tolist() == expected("3 3", "4 4")
+        await first
+        retried = [sequence for batch in bench.backend.batches[2:] for sequence in batch]
+        assert sorted(retried) == [[3, 3], [4, 4]]
+
+    run_on(bench, scenario)
+
+
+def test_closing_while_halves_wait() -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        bench.engine.start()
+        bench.executor.held = True
+        task = bench.send(f"1 {LARGE}", f"2 {LARGE}")
+        await settle()
+        bench.executor.step()
+        await settle()
+        await bench.engine.close()
+        with pytest.raises(NotReady):
+            await task
+
+    run(scenario())
+
+
+# ----------------------------------------------------------------------------------------- hangs
+
+
+def test_a_batch_over_its_time_fails_alone_and_gives_its_core_back_late() -> None:
+    bench = Bench(core_count=2, timeout=0.05, max_batch_tokens=2)
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        slow = bench.send("1 1")
+        with pytest.raises(InferenceTimedOut, match=MODEL):
+            await slow
+        assert bench.cores.overdue == [MODEL]
+        assert (bench.cores.usable, bench.cores.free) == (1, 1)
+        other = bench.send("2 2")
+        await settle()
+        bench.executor.step()  # the slow one
+        bench.executor.step()
+        assert (await other).vectors.tolist() == expected("2 2")
+        await settle()
+        assert not bench.cores.overdue
+        assert bench.cores.usable == bench.cores.free == 2
+        bench.executor.held = False
+        assert (await bench.send("3 3")).vectors.tolist() == expected("3 3")
+        assert bench.metric("timed_out_batches_total") == 1
+
+    run_on(bench, scenario)
+
+
+@pytest.mark.parametrize("exclusive", [False, True], ids=["a-core-each", "exclusive"])
+def test_nothing_waits_for_cores_that_hang(exclusive: bool) -> None:
+    bench = Bench(core_count=2, timeout=0.05, max_batch_tokens=2)
+    bench.backend.exclusive = exclusive
+
+    async def scenario() -> None:
+        bench.executor.held = True
+        tasks = [bench.send(f"{number} {number}", "5 5") for number in range(20)]
+        for task in tasks:
+            with pytest.raises(InferenceTimedOut):
+                await task
+        assert bench.scheduler.tokens == len(bench.scheduler) == 0
+        with pytest.raises(InferenceTimedOut):
+            await bench.send("1")
+        assert bench.engine.ready, "the loop lives on"
+        for _ in range(1 if exclusive else 2):
+            bench.executor.step()
+        await settle()
+        bench.executor.held = False
+        assert (await bench.send("1")).vectors.tolist() == expected("1")
+
+    run_on(bench, scenario)
+
+
+def test_who_needs_all_cores_does_not_keep_others_from_what_is_left() -> None:
+    async def scenario() -> None:
+        cores = Cores(2, timeout=0.05, executor=(executor := FakeExecutor()))
+        executor.held = True
+        await cores.acquire(1)
+        hanging = cores.run(lambda: None, 1, owner="hanging")
+        large = asyncio.create_task(cores.acquire(2))
+        await settle()
+        small = asyncio.create_task(cores.acquire(1))
+        with pytest.raises(InferenceTimedOut, match="hanging"):
+            await hanging
+        with pytest.raises(InferenceTimedOut, match="hanging"):
+            await large
+        await small
+        assert cores.stuck
+
+    run(scenario())
+
+
+def test_the_end_does_not_wait_for_a_thread_that_hangs() -> None:
+    ended = threading.Event()
+
+    async def scenario() -> None:
+        cores = Cores(1, timeout=0.05)
+        await cores.acquire(1)
+        with pytest.raises(InferenceTimedOut):
+            await cores.run(lambda: ended.wait(60), 1, owner=MODEL)
+        cores.close()
+        assert cores.stuck
+
+    run(scenario())
+    ended.set()
+
+
+def test_the_end_waits_for_work_that_ends() -> None:
+    async def scenario() -> None:
+        cores = Cores(1, timeout=60)
+        await cores.acquire(1)
+        result = cores.run(lambda: time.sleep(0.2), 1, owner=MODEL)
+        cores.close()
+        assert not cores.stuck
+        await result
+
+    run(scenario())
+
+
 def test_a_dead_loop_fails_what_waits_and_is_not_ready(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(max_batch_tokens=2)
 
@@ -842,7 +1102,76 @@ def test_retry_after_is_what_waits_over_measured_throughput() -> None:
     run_on(bench, scenario)
 
 
+@pytest.mark.parametrize("core_count", [1, 2, 4])
+def test_retry_after_counts_cores_and_outlasts_idle_time(core_count: int) -> None:
+    bench = Bench(max_queued_tokens=1000, core_count=core_count, real_threads=True)
+    hold = threading.Event()
+
+    def wait(vectors: NDArray[np.float32]) -> Any:
+        assert hold.wait(20)
+        return vectors
+
+    async def scenario() -> None:
+        bench.backend.seconds = 0.1
+        for number in range(4):  # one at a time: the other cores are idle
+            await bench.send("1 " * 9 + str(number))
+        seconds, tokens = bench.metric("inference_duration_seconds_sum"), 40
+        bench.backend.seconds, bench.backend.answer = 0, wait
+        tasks = [bench.send("2 " * 49 + str(number)) for number in range(core_count)]
+        await settle()
+        tasks.append(bench.send(*("3 " * 49 + str(number) for number in range(20))))
+        await settle()
+        with pytest.raises(Overloaded, match="1000 tokens are waiting") as caught:
+            await bench.send("4")
+        # The latest batches count most, and a busy machine makes them differ.
+        measured = 1000 * seconds / tokens / core_count
+        assert caught.value.retry_after == pytest.approx(measured, rel=0.3)
+        hold.set()
+        await asyncio.gather(*tasks)
+
+    run_on(bench, scenario)
+
+
+def test_retry_after_is_never_longer_than_clients_heed() -> None:
+    bench = Bench(max_queued_tokens=500)
+
+    async def scenario() -> None:
+        bench.backend.seconds = 0.2
+        await bench.send("1")  # at which rate 500 tokens take 100 s
+        bench.executor.held = True
+        tasks = [bench.send("1")]
+        await settle()
+        tasks.append(bench.send(*[f"{number} " + "2 " * 49 for number in range(10)]))
+        await settle()
+        with pytest.raises(Overloaded) as caught:
+            await bench.send("3")
+        assert caught.value.retry_after == 60
+        for task in tasks:
+            task.cancel()
+
+    run_on(bench, scenario)
+
+
 # ---------------------------------------------------------------------------------- event loop
+
+
+def test_what_still_waits_to_be_tokenised_is_dropped_when_it_is_cancelled() -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        bench.tokenizer.hold.clear()
+        tasks = [bench.send(f"{number} " * 3000) for number in range(5)]
+        await asyncio.to_thread(bench.tokenizer.busy.wait, 20)
+        for task in tasks:
+            task.cancel()
+        await settle()
+        assert bench.metric("queue_requests") == 0
+        bench.tokenizer.hold.set()
+        assert (await bench.send("1")).vectors.tolist() == expected("1")
+        assert len(bench.tokenizer.threads) <= 2 + 1, "those that had begun, and the last"
+        assert bench.backend.batches == [[[1]]]
+
+    run_on(bench, scenario)
 
 
 def test_long_texts_are_tokenised_off_the_loop() -> None:

@@ -1,0 +1,73 @@
+"""How many bytes of bodies a server holds at a time, and what it says past them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import httpx
+import pytest
+from error_shape import error_of
+from in_process import until
+from live import LiveServer, running_server
+from raw_http import connect
+
+from embedding_server.servers.base import SERVERS
+
+MODEL = "all-MiniLM-L6-v2"
+LIMIT = 400_000
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
+    flags = ("--model", MODEL, "--max-body-bytes", str(LIMIT), "--server", request.param)
+    with running_server(*flags) as live:
+        yield live
+
+
+def embed(server: LiveServer, *, padding: int = 0, chunked: bool = False) -> httpx.Response:
+    body = b'{"model": "%b", "input": "river", "user": "%b"}' % (MODEL.encode(), b"x" * padding)
+    content = iter([body]) if chunked else body
+    headers = {"content-type": "application/json"}
+    url = f"{server.url}/v1/embeddings"
+    return httpx.post(url, content=content, headers=headers, timeout=60)
+
+
+def half_sent(stack: ExitStack, server: LiveServer, size: int) -> None:
+    """Send the head of a body of the largest size, and ``size`` bytes of it."""
+    connection = stack.enter_context(connect(server.url))
+    connection.sendall(
+        b"POST /v1/embeddings HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (LIMIT, b" " * size)
+    )
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["with-length", "chunked"])
+def test_bodies_past_what_memory_holds_are_refused(server: LiveServer, chunked: bool) -> None:
+    def large() -> httpx.Response:
+        return embed(server, padding=300_000, chunked=chunked)
+
+    assert large().status_code == 200
+    with ExitStack() as clients:
+        for _ in range(4):
+            half_sent(clients, server, 390_000)
+        until(lambda: large().status_code == 429)
+        refused = large()
+        assert error_of(refused, 429)["code"] == "overloaded"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert embed(server).status_code == 200, "a short one needs no room"
+        assert httpx.get(f"{server.url}/health/ready").status_code == 200
+    until(lambda: large().status_code == 200)
+    for _ in range(8):
+        assert large().status_code == 200, "what is answered makes room"
+
+
+def test_errors_make_room(server: LiveServer) -> None:
+    too_large = b" " * (LIMIT + 1)
+    headers = {"content-type": "application/json"}
+    for _ in range(8):
+        for content in (iter([too_large]), b"{" + b" " * (LIMIT - 10)):
+            url = f"{server.url}/v1/embeddings"
+            answer = httpx.post(url, content=content, headers=headers, timeout=60)
+            assert answer.status_code in (400, 413)
+    assert embed(server, padding=300_000).status_code == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -187,6 +188,26 @@ def test_others_of_a_batch_without_memory_are_answered(tmp_path: Path) -> None:
         assert metric(server, "out_of_memory_total") == 1
         alone = np.concatenate([vectors_of(embed(server, text)) for text in texts])
         np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_memory_that_really_runs_out() -> None:
+    """Of ONNX Runtime, in a process whose address space may grow by 24 MiB only."""
+    texts = [f"{number} " + "words that go on and on " * 60 for number in range(24)]
+    flags = ("--threads", "1", "--max-batch-tokens", "20000", "--log-format", "json")
+    with running_server("--model", MODEL, *flags) as server:
+        expected = vectors_of(embed(server, texts))
+        assert metric(server, "batch_size_count") == 1
+        pid = server.process.pid
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[0])
+        most = pages * resource.getpagesize() + 24 * 2**20
+        resource.prlimit(pid, resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        vectors = vectors_of(embed(server, texts))
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+        assert metric(server, "out_of_memory_total") == 1
+        assert len(logged(server, "warning")) == 1
+        assert "bad_alloc" not in server.log, "told in our words"
+        assert vectors_of(embed(server, "a short one")).shape == (1, 384)
+        assert status(server, "/health/ready") == 200
 
 
 # ------------------------------------------------------------------------------------------ hangs

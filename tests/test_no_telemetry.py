@@ -1,0 +1,179 @@
+"""What a process connects to: the hub it was asked for, and nothing else, ever.
+
+Each runs twice under observation: Python's own audit events tell what Python opens or looks up, and
+strace, where it is installed, what native code does past Python.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import tiny_models
+from hub_standin import HubStandIn
+from in_process import until
+from live import environment
+
+MODEL = "all-MiniLM-L6-v2"
+
+# What would make libraries send something, if anything could.
+INVITING = {
+    "HF_HUB_OFFLINE": "0",
+    "FASTAPI_OTEL_AUTO_CONFIGURE": "true",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
+    "OTEL_TRACES_EXPORTER": "otlp",
+    "DO_NOT_TRACK": "0",
+}
+
+AUDIT = """
+import os, sys
+
+def tell(event, args):
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+        where = args[1]
+        if isinstance(where, tuple):
+            print(event, where[0], where[1], file=told, flush=True)
+    elif event == "socket.getaddrinfo":
+        print(event, args[0], args[1], file=told, flush=True)
+    elif event in ("socket.gethostbyname", "socket.gethostbyaddr"):
+        print(event, args[0], 0, file=told, flush=True)
+
+told = open(os.environ["AUDIT_FILE"], "a")
+sys.addaudithook(tell)
+"""
+
+CALL = re.compile(r"(?:connect|sendto|sendmsg|sendmmsg)\(.*?sin6?_port=htons\((\d+)\).*?\"(.*?)\"")
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A process under observation, and what it has reached out for."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    audit: Path
+    strace: Path | None
+
+    def reached(self) -> set[tuple[str, int]]:
+        """(host, port) of all it has connected to, sent to or looked up, once it has ended."""
+        if self.strace is not None:
+            strace = self.strace  # what watches ends after what is watched
+            until(lambda: f"{self.process.pid} +++ exited" in strace.read_text())
+            return {(host, int(port)) for port, host in CALL.findall(strace.read_text())}
+        told = [line.split() for line in self.audit.read_text().splitlines()]
+        return {(host, int(port) if port.isdecimal() else 0) for _, host, port in told}
+
+
+def observe(
+    folder: Path, *arguments: str, env: Mapping[str, str], traced: bool, stdin: bytes = b""
+) -> Observed:
+    """``embedding-server`` with ``arguments``, started."""
+    (folder / "sitecustomize.py").write_text(AUDIT)
+    audit, log, strace = folder / "audit", folder / "log", folder / "strace"
+    audit.touch()
+    (folder / "stdin").write_bytes(stdin)
+    # Its own tracer, so that it keeps its pid.
+    tracer = ["strace", "-D", "-f", "-q", "-e", "signal=none"]
+    tracer += ["-e", "trace=connect,sendto,sendmsg,sendmmsg,exit_group", "-o", str(strace)]
+    command = [sys.executable, "-m", "embedding_server.cli", *arguments]
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    with log.open("wb") as output, (folder / "stdin").open("rb") as input:
+        process = subprocess.Popen(
+            [*(tracer if traced else []), *command],
+            env=environment({**INVITING, "PYTHONPATH": path, "AUDIT_FILE": str(audit), **env}),
+            stdin=input,
+            stdout=output,
+            stderr=output,
+        )
+    return Observed(process, log, audit, strace if traced else None)
+
+
+@contextmanager
+def ended(observed: Observed) -> Iterator[Observed]:
+    try:
+        yield observed
+    finally:
+        if observed.process.poll() is None:
+            observed.process.kill()
+        observed.process.wait(30)
+
+
+def served(observed: Observed, model: str) -> None:
+    """Wait until ``observed`` serves, use every route, and end it with SIGTERM."""
+
+    def log() -> str:
+        assert observed.process.poll() is None, observed.log.read_text()
+        return observed.log.read_text()
+
+    until(lambda: "listening on " in log() and "is ready" in log())
+    url = log().partition("listening on ")[2].split()[0]
+    with httpx.Client(base_url=url, timeout=60) as client:
+        until(lambda: log() != "" and client.get("/health/ready").status_code == 200)
+        for prefix in ("/v1", "/openai/v1"):
+            body = {"model": model, "input": ["river", "x" * 200_000]}
+            assert client.post(f"{prefix}/embeddings", json=body).status_code == 200
+            assert client.get(f"{prefix}/models/{model}").status_code == 200
+        for path in ("/health", "/metrics", "/docs", "/openapi.json", "/nowhere"):
+            assert client.get(path).status_code in (200, 404)
+    observed.process.send_signal(signal.SIGTERM)
+    assert observed.process.wait(60) == 0, observed.log.read_text()
+
+
+@pytest.fixture(params=["audited", "traced"])
+def traced(request: pytest.FixtureRequest) -> bool:
+    traced: bool = request.param == "traced"
+    if traced and shutil.which("strace") is None:
+        pytest.skip("strace is not installed: only what Python itself opens is seen")
+    return traced
+
+
+@pytest.mark.parametrize("server", ["uvicorn", "hypercorn"])
+def test_a_server_connects_to_nothing(tmp_path: Path, traced: bool, server: str) -> None:
+    arguments = ("serve", "--port", "0", "--model", MODEL, "--server", server)
+    with ended(observe(tmp_path, *arguments, env={}, traced=traced)) as observed:
+        served(observed, MODEL)
+        listening_on = {("127.0.0.1", 0)}  # its own address, looked up to be listened on
+        assert observed.reached() <= listening_on
+
+
+def test_embed_connects_to_nothing(tmp_path: Path, traced: bool) -> None:
+    arguments = ("embed", "--model", MODEL)
+    texts = b"iPhone\nSamsung\n"
+    with ended(observe(tmp_path, *arguments, env={}, traced=traced, stdin=texts)) as observed:
+        assert observed.process.wait(60) == 0, observed.log.read_text()
+        assert observed.log.read_text().count("embedding") == 2
+        assert observed.reached() == set()
+
+
+def test_a_server_connects_to_the_hub_that_it_was_asked_for(tmp_path: Path, traced: bool) -> None:
+    tiny = tiny_models.make_bert(tmp_path / "tiny").folder
+    with HubStandIn({"org/tiny": tiny}) as hub:
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        arguments = ("serve", "--port", "0", "--model", "org/tiny", "--log-level", "debug")
+        with ended(observe(tmp_path, *arguments, env=env, traced=traced)) as observed:
+            served(observed, "tiny")
+            ports = {urlsplit(url).port for url in (hub.url, hub.storage_url)}
+            reached = observed.reached()
+        assert hub.asked(part="config.json")
+    assert {port for _, port in reached} - {0} == ports
+    assert {host for host, _ in reached} <= {"127.0.0.1", "localhost", "::1"}
+
+
+def test_the_observation_sees(tmp_path: Path, traced: bool) -> None:
+    """A hub at an address that nobody answers at is reached out for, and that is seen."""
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    arguments = ("serve", "--port", "0", "--model", "org/tiny")
+    with ended(observe(tmp_path, *arguments, env=env, traced=traced)) as observed:
+        assert observed.process.wait(60) == 1
+        assert ("127.0.0.1", 9) in observed.reached()

@@ -471,11 +471,28 @@ def test_a_paired_surrogate_is_one_character(client: httpx.Client) -> None:
     assert escaped.content == post(client, "😀 hi").content
 
 
-def test_the_last_of_two_equal_keys_wins(client: httpx.Client) -> None:
-    content = body_of(b'"Samsung", "input": "iPhone"')
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (body_of(b'"Samsung", "input": "iPhone"'), "input"),
+        (body_of(b'"a", "input"\n: "a"'), "input"),
+        (body_of(b'"a", "model": "all-MiniLM-L6-v2"'), "model"),
+        (body_of(b'"a", "truncate": null, "truncate": false'), "truncate"),
+    ],
+    ids=["two-texts", "the-same-twice", "model", "null-first"],
+)
+def test_a_field_that_is_there_twice(client: httpx.Client, body: bytes, field: str) -> None:
     headers = {"content-type": "application/json; charset=utf-8"}
-    response = client.post("/v1/embeddings", content=content, headers=headers)
-    assert response.content == post(client, "iPhone").content
+    error = error_of(client.post("/v1/embeddings", content=body, headers=headers), 400)
+    assert (error["param"], error["message"]) == (
+        field, f"The field {field!r} is there twice; send it once."
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["input", "model", '"input"', '{"input": "input"}'])
+def test_texts_that_look_like_a_field_twice(client: httpx.Client, text: str) -> None:
+    assert len(answer(client, [text, "input"], user="model")["data"]) == 2
+    assert len(answer(client, text, prompt="input")["data"]) == 1
 
 
 @property_test

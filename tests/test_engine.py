@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -68,6 +68,11 @@ class FakeTokenizer:
                 raise ContextLengthExceeded("is too long", param="input", index=index)
             encodings.append(Encoding(tuple(ids[: self.max_tokens]), len(ids)))
         return encodings
+
+    def encode_in_steps(
+        self, inputs: Sequence[str], *, prompt: str = "", truncate: bool = True
+    ) -> Iterator[list[Encoding] | None]:
+        yield self.encode(inputs, prompt=prompt, truncate=truncate)
 
 
 class FakeBackend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
@@ -137,6 +138,9 @@ class EmbeddingsRequest(OpenAIEmbeddingsRequest):
     )
 
 
+_QUOTED = {name: f'"{name}"'.encode() for name in EmbeddingsRequest.model_fields}
+
+
 class _Answer(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
@@ -252,9 +256,29 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
     if not isinstance(value, dict):
         raise InvalidRequest(f"The body must be a JSON object, not {_json_type(value)}.")
     try:
-        return schema.model_validate(value)
+        request = schema.model_validate(value)
     except ValidationError as error:
         raise _explain(schema, error) from None
+    for name in value:
+        # Cheap, and never more than a suspicion: a text may be equal to a field's name.
+        if body.count(_QUOTED[name]) > 1:
+            _check_no_field_twice(body)
+            break
+    return request
+
+
+def _check_no_field_twice(body: bytes) -> None:
+    """orjson keeps the last of two equal keys and says nothing of the first."""
+
+    def unique(pairs: list[tuple[str, object]]) -> None:
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise InvalidRequest(
+                    f"The field {name!r} is there twice; send it once.", param=name
+                )
+
+    json.loads(body, object_pairs_hook=unique)
 
 
 def _explain(schema: type[_Request], error: ValidationError) -> InvalidRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -34,6 +35,8 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "quick_gelu": "quick_gelu",
 }
 """transformers' names (``ACT2FN``) of the functions that are computed here."""
+
+_MOST_LAYERS = 10_000
 
 ANY_FAMILY: Mapping[str, tuple[object, ...]] = {
     "quantization_config": (None,),
@@ -176,7 +179,7 @@ def _bert_like(
 ) -> Architecture:
     return Architecture(
         **_sizes(config),
-        attention=(Attention(),) * _size(config, "num_hidden_layers"),
+        attention=(Attention(),) * _layers(config, "num_hidden_layers"),
         activation=_activation(config, "hidden_act"),
         words="embeddings.word_embeddings",
         positions=positions,
@@ -198,7 +201,7 @@ def _bert_like(
 def _mpnet(config: Config) -> Architecture:
     return Architecture(
         **_sizes(config),
-        attention=(Attention(),) * _size(config, "num_hidden_layers"),
+        attention=(Attention(),) * _layers(config, "num_hidden_layers"),
         activation=_activation(config, "hidden_act"),
         words="embeddings.word_embeddings",
         # transformers' MPNetEmbeddings fixes the padding index, whatever the config says.
@@ -226,7 +229,7 @@ def _distilbert(config: Config) -> Architecture:
         head_dim=_head_dim(hidden, heads),
         intermediate=_size(config, "hidden_dim"),
         vocab_size=_size(config, "vocab_size"),
-        attention=(Attention(),) * _size(config, "n_layers"),
+        attention=(Attention(),) * _layers(config, "n_layers"),
         activation=_activation(config, "activation"),
         words="embeddings.word_embeddings",
         positions=_learned(config),
@@ -260,7 +263,7 @@ def _nomic_bert(config: Config) -> Architecture:
         head_dim=head_dim,
         intermediate=_size(config, "n_inner"),
         vocab_size=_size(config, "vocab_size"),
-        attention=(Attention(rotary=rotary),) * _size(config, "n_layer"),
+        attention=(Attention(rotary=rotary),) * _layers(config, "n_layer"),
         activation="silu",
         type_rows=_size(config, "type_vocab_size"),
         norm_eps=_number(config, "layer_norm_epsilon"),
@@ -274,7 +277,7 @@ def _nomic_of_transformers(config: Config) -> Architecture:
     rotary = _rotary(_rope_parameters(config), theta, sizes["head_dim"])
     return Architecture(
         **sizes,
-        attention=(Attention(rotary=rotary),) * _size(config, "num_hidden_layers"),
+        attention=(Attention(rotary=rotary),) * _layers(config, "num_hidden_layers"),
         activation=_activation(config, "hidden_act", "silu"),
         type_rows=_size(config, "type_vocab_size"),
         norm_eps=_number(config, "layer_norm_eps", 1e-12),
@@ -304,7 +307,7 @@ _NOMIC_TENSORS: Mapping[str, Any] = {
 def _modernbert(config: Config) -> Architecture:
     sizes = _sizes(config)
     every = _size({"global_attn_every_n_layers": 3, **config}, "global_attn_every_n_layers")
-    layers = _size(config, "num_hidden_layers")
+    layers = _layers(config, "num_hidden_layers")
     kinds = config.get("layer_types") or [
         "sliding_attention" if layer % every else "full_attention" for layer in range(layers)
     ]
@@ -358,7 +361,7 @@ def _modernbert(config: Config) -> Architecture:
 
 
 def _qwen3(config: Config) -> Architecture:
-    layers = _size(config, "num_hidden_layers")
+    layers = _layers(config, "num_hidden_layers")
     hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     kv_heads, head_dim = _size(config, "num_key_value_heads"), _size(config, "head_dim")
     if heads % kv_heads:
@@ -464,9 +467,17 @@ def _size(config: Config, key: str) -> int:
     return value
 
 
+def _layers(config: Config, key: str) -> int:
+    layers = _size(config, key)
+    if layers > _MOST_LAYERS:  # of which each takes memory before its weights are missed
+        raise ModelNotSupported(f"config.json: {key} can't be {layers}.")
+    return layers
+
+
 def _number(config: Config, key: str, default: float | None = None) -> float:
     value = config.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= sys.float_info.max:
         raise ModelNotSupported(f"config.json: {key} must be a positive number, not {value!r}.")
     return float(value)
 
@@ -506,7 +517,7 @@ def _padding_idx(config: Config) -> int:
 
 def _activation(config: Config, key: str, default: str = "gelu") -> Activation:
     name = config.get(key, default)
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ModelNotSupported(f"config.json: {key} {name!r} is not supported.")
     return ACTIVATIONS[name]
 
@@ -535,8 +546,9 @@ def _rotary(parameters: object, default_theta: float, head_dim: int) -> Rotary:
     return Rotary(_number(parameters, "rope_theta", default_theta), head_dim)
 
 
-def _check_kinds(kinds: object, layers: int, known: Mapping[str, Attention]) -> None:
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(known):
+def _check_kinds(kinds: Any, layers: int, known: Mapping[str, Attention]) -> None:
+    named = isinstance(kinds, list) and all(kind in list(known) for kind in kinds)
+    if not named or len(kinds) != layers:
         raise ModelNotSupported(
             f"config.json: layer_types must name one of {', '.join(known)} for each layer."
         )

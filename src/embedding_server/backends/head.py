@@ -136,11 +136,11 @@ def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
         )
     if "pooling_mode" in config:
         mode = config["pooling_mode"]
-        modes = (mode,) if isinstance(mode, str) else tuple(mode)
+        modes = tuple(mode) if isinstance(mode, list) else (mode,)
     else:
         modes = tuple(mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag))
         modes = modes or ("mean",)
-    unsupported = [mode for mode in modes if mode not in POOLINGS]
+    unsupported = [m for m in modes if not isinstance(m, str) or m not in POOLINGS]
     if unsupported or not modes:
         raise ModelNotSupported(
             f"Pooling {', '.join(map(repr, unsupported)) or 'by no mode'} is not computed here; "
@@ -161,7 +161,7 @@ def _load_dense(module: Module) -> _Dense:
         what = ", ".join([*sorted(unknown), *rewired, *(["use_residual"] if residual else [])])
         raise ModelNotSupported(f"{module.folder} has options not computed here: {what}.")
     name = module.config.get("activation_function", "torch.nn.modules.activation.Tanh")
-    if name not in DENSE_ACTIVATIONS:
+    if not isinstance(name, str) or name not in DENSE_ACTIVATIONS:
         raise ModelNotSupported(f"{module.folder} has the activation {name!r}, not computed here.")
     weights = Weights.open(module.folder)
     weight = weights.array("linear.weight")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from embedding_server.engine.batch import Batch
 from embedding_server.errors import ModelNotSupported
 
 __all__ = ["StaticBackend"]
+
+_Values = TypeVar("_Values", bound=NDArray[Any])
 
 
 class StaticBackend:
@@ -54,11 +56,31 @@ class StaticBackend:
 def _read_table(weights: Weights) -> NDArray[np.float32]:
     """One row for each token id, float32 [vocabulary, dims]."""
     if "embedding.weight" in weights:
-        return weights.array("embedding.weight")
+        return _checked(weights, "embedding.weight", weights.array("embedding.weight"), 2)
     # model2vec's own names: ids may share rows, and each may have a weight of its own.
-    table = weights.array("embeddings")
+    table = _checked(weights, "embeddings", weights.array("embeddings"), 2)
     if "mapping" in weights:
-        table = table[weights.integers("mapping")]
+        mapping = _checked(weights, "mapping", weights.integers("mapping"), 1)
+        if mapping.min() < 0 or mapping.max() >= len(table):
+            raise ModelNotSupported(
+                f"The tensor 'mapping' in {weights['mapping'].file} names rows that the "
+                f"{len(table)} of 'embeddings' don't have."
+            )
+        table = table[mapping]
     if "weights" in weights:
-        table = table * weights.array("weights")[:, None]
+        factors = _checked(weights, "weights", weights.array("weights"), 1)
+        if len(factors) != len(table):
+            raise ModelNotSupported(
+                f"The tensor 'weights' in {weights['weights'].file} has {len(factors)} values for "
+                f"{len(table)} tokens."
+            )
+        table = table * factors[:, None]
     return table
+
+
+def _checked(weights: Weights, name: str, values: _Values, axes: int) -> _Values:
+    if values.ndim != axes or not values.size:
+        raise ModelNotSupported(
+            f"The tensor {name!r} in {weights[name].file} has the shape {list(values.shape)}."
+        )
+    return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from embedding_server.errors import ModelNotSupported
 __all__ = ["Tensor", "Weights"]
 
 _HEADER_SIZE = 8  # little-endian uint64 before the JSON header, as the format defines
+
+_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
 
 _INTEGERS: Mapping[str, Any] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 _DTYPES: Mapping[str, Any] = {
@@ -128,11 +131,13 @@ def _files(folder: Path) -> list[Path]:
     if not index.is_file():
         raise ModelNotSupported(f"{folder} has no model.safetensors.")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted(set(listed))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
         raise ModelNotSupported(f"{index} can't be read: {error!r}") from None
     for name in names:
-        if Path(name).name != name:
+        # By its name alone, as in the hub's cache every file is a link to somewhere else.
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
             raise ModelNotSupported(f"{index} names {name!r}, which is not a file beside it.")
     return [(folder / name).resolve() for name in names]
 

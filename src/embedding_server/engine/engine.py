@@ -241,14 +241,15 @@ class Engine:
                 code="request_too_large",
             )
 
-        def work() -> list[Encoding]:
-            return self._tokenizer.encode(inputs, prompt=prompt, truncate=truncate)
-
+        encodings: list[Encoding] | None
         if characters <= _INLINE_CHARACTERS:
-            encodings = work()
+            encodings = self._tokenizer.encode(inputs, prompt=prompt, truncate=truncate)
         else:
-            loop = asyncio.get_running_loop()
-            encodings = await loop.run_in_executor(self._tokenizing, work)
+            # A step at a time: a long text takes its turn among others, and ends with its client.
+            steps = self._tokenizer.encode_in_steps(inputs, prompt=prompt, truncate=truncate)
+            in_thread = asyncio.get_running_loop().run_in_executor
+            while (encodings := await in_thread(self._tokenizing, next, steps)) is None:
+                pass
         ended = time.perf_counter()
         self._metrics.tokenize_duration.observe(ended - started)
         if stages is not None:

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Collection, Iterator, Sequence
+import threading
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import nullcontext
 
 import tokenizers
 from tokenizers import models
 
 from embedding_server.engine.batch import Encoding
+from embedding_server.engine.cuts import cut_pattern, pieces
 from embedding_server.errors import ContextLengthExceeded, InvalidRequest, ModelNotSupported
 
 __all__ = ["Input", "Tokenizer"]
 
-_PART_CHARACTERS = 256 * 1024
+_PART_CHARACTERS = 64 * 1024
+"""Tokenised at a time: an Encoding takes some 500 bytes a character while it lives."""
+
+_MOST_CHARACTERS = 8 * _PART_CHARACTERS
+"""As many without a place to cut at are no text, and a model's limit is far below."""
+
+_one_large = threading.Lock()
 
 Input = str | Sequence[int]
 """A text, or the model's own token ids without special tokens."""
 
 _NO_VECTOR = "holds a token that was added to the tokenizer and that the model has no vector for."
 _LONE_SURROGATE = "holds a lone surrogate, which is not valid Unicode text."
+
+
+class _NoVectorError(Exception):
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
 
 
 class Tokenizer:
@@ -64,6 +79,7 @@ class Tokenizer:
                 f"The tokenizer knows {tokens} tokens and the model {self.vocab_size}: they don't "
                 "belong together."
             )
+        self._cut_pattern = cut_pattern(tokenizer)
         self._prefix, self._suffix = _special_tokens(tokenizer) if add_special_tokens else ([], [])
         self._special_ids = frozenset(self._suffix if special_ids is None else special_ids)
         if len(self._prefix) + len(self._suffix) >= max_tokens:
@@ -80,41 +96,100 @@ class Tokenizer:
         and InvalidRequest for text that is not Unicode, ids outside the vocabulary, and inputs
         that are neither.
         """
+        *_, encodings = self.encode_in_steps(inputs, prompt=prompt, truncate=truncate)
+        assert encodings is not None
+        return encodings
+
+    def encode_in_steps(
+        self, inputs: Sequence[Input], *, prompt: str = "", truncate: bool = True
+    ) -> Iterator[list[Encoding] | None]:
+        """As ``encode``: yields None after each stretch of the work, and the encodings at last.
+
+        A stretch takes some 0.1 s and 40 MB; up to eight times that where a text has no place to
+        cut it at.
+        """
         if not _is_unicode(prompt):
             raise InvalidRequest(f"'prompt' {_LONE_SURROGATE}", param="prompt")
-        if isinstance(inputs[0], str):
-            sequences = self._encode_texts(inputs, prompt)
-        else:
-            sequences = self._encode_ids(inputs, prompt)
+        if len(prompt) > _PART_CHARACTERS:
+            raise InvalidRequest(
+                f"'prompt' has {len(prompt)} characters; at most {_PART_CHARACTERS} are taken.",
+                param="prompt",
+                code="request_too_large",
+            )
         excluded = self._prompt_tokens(prompt) if prompt and self._exclude_prompt else 0
-        return [self._fit(index, ids, truncate, excluded) for index, ids in enumerate(sequences)]
+        encodings: list[Encoding] = []
 
-    def _encode_texts(self, inputs: Sequence[Input], prompt: str) -> list[list[int]]:
-        texts = [prompt + _text(index, text) for index, text in enumerate(inputs)]
-        sequences: list[list[int]] = []
-        try:
-            for part in _parts(texts):
-                encoded = self._tokenizer.encode_batch_fast(
-                    part, add_special_tokens=self._add_special_tokens
-                )
-                sequences += [encoding.ids for encoding in encoded]
-        except (TypeError, UnicodeEncodeError):
-            bad = next((i for i, text in enumerate(texts) if not _is_unicode(text)), None)
-            if bad is None:
-                raise
-            raise InvalidRequest(_LONE_SURROGATE, param="input", index=bad) from None
+        def fit(ids: list[int], total: int) -> None:
+            encodings.append(self._fit(len(encodings), ids, total, truncate, excluded))
+
+        if not isinstance(inputs[0], str):
+            for ids in self._encode_ids(inputs, prompt):
+                fit(ids, len(ids))
+            yield encodings
+            return
+        for part in _parts([prompt + _text(index, text) for index, text in enumerate(inputs)]):
+            if encodings:
+                yield None
+            try:
+                if len(part) == 1 and len(part[0]) > _PART_CHARACTERS:
+                    fit(*(yield from self._encode_long(part[0], len(encodings))))
+                else:
+                    for ids in self._encode_texts(part, len(encodings)):
+                        fit(ids, len(ids))
+            except (TypeError, UnicodeEncodeError):
+                bad = next((i for i, text in enumerate(part) if not _is_unicode(text)), None)
+                if bad is None:
+                    raise
+                bad += len(encodings)
+                raise InvalidRequest(_LONE_SURROGATE, param="input", index=bad) from None
+        yield encodings
+
+    def _encode_texts(
+        self, texts: list[str], first: int = 0, *, special_tokens: bool = True
+    ) -> list[list[int]]:
+        """The ids of each; the first text is the request's input number ``first``."""
+        encoded = self._tokenizer.encode_batch_fast(
+            texts, add_special_tokens=self._add_special_tokens and special_tokens
+        )
+        sequences = [encoding.ids for encoding in encoded]
         if self._knows_more:
             for index, ids in enumerate(sequences):
                 if max(ids, default=0) >= self.vocab_size:
-                    raise InvalidRequest(_NO_VECTOR, param="input", index=index)
+                    raise InvalidRequest(_NO_VECTOR, param="input", index=first + index)
         return sequences
+
+    def _encode_long(self, text: str, index: int) -> Generator[None, None, tuple[list[int], int]]:
+        """The ids of one text, and how many it has; of those that are cut anyway none is kept."""
+        kept: list[int] = []
+        total = len(self._prefix) + len(self._suffix)
+        for number, piece in enumerate(pieces(text, self._cut_pattern, _PART_CHARACTERS)):
+            if number:
+                yield
+            if len(piece) > _MOST_CHARACTERS:
+                raise InvalidRequest(
+                    f"has a stretch of {len(piece)} characters without a space or another place "
+                    f"to cut it at; at most {_MOST_CHARACTERS} are taken. Shorten it.",
+                    param="input",
+                    code="request_too_large",
+                    index=index,
+                )
+            # One that can't be cut takes hundreds of MB: never several at a time.
+            with _one_large if len(piece) > 2 * _PART_CHARACTERS else nullcontext():
+                (ids,) = self._encode_texts([piece], index, special_tokens=False)
+            total += len(ids)
+            if self._keep_end:
+                kept = (kept + ids)[-self.max_tokens :]
+            elif len(kept) < self.max_tokens:
+                kept += ids[: self.max_tokens - len(kept)]
+        return [*self._prefix, *kept, *self._suffix], total
 
     def _encode_ids(self, inputs: Sequence[Input], prompt: str) -> list[list[int]]:
         start = list(self._prefix)
         if prompt:
-            start += self._tokenizer.encode(prompt, add_special_tokens=False).ids
-            if max(start, default=0) >= self.vocab_size:
-                raise InvalidRequest(f"'prompt' {_NO_VECTOR}", param="prompt")
+            try:
+                start += self._encode_texts([prompt], special_tokens=False)[0]
+            except InvalidRequest:
+                raise InvalidRequest(f"'prompt' {_NO_VECTOR}", param="prompt") from None
         sequences = []
         for index, value in enumerate(inputs):
             ids = _token_ids(index, value)
@@ -134,11 +209,12 @@ class Tokenizer:
     def _prompt_tokens(self, prompt: str) -> int:
         """As sentence-transformers counts them: those of the prompt alone, but for a special
         token at its end."""
-        alone = self._cut(self._encode_texts([prompt], "")[0])
+        alone = self._cut(self._encode_texts([prompt])[0])
         return len(alone) - (bool(alone) and alone[-1] in self._special_ids)
 
-    def _fit(self, index: int, ids: list[int], truncate: bool, excluded: int) -> Encoding:
-        total = len(ids)
+    def _fit(
+        self, index: int, ids: list[int], total: int, truncate: bool, excluded: int
+    ) -> Encoding:
         if not total and self._add_special_tokens:
             # A static model gives zeros; a transformer has nothing to begin with.
             raise InvalidRequest("has no token; leave it out.", param="input", index=index)
@@ -163,17 +239,16 @@ class Tokenizer:
 
 
 def _parts(texts: list[str]) -> Iterator[list[str]]:
-    """Some texts at a time: an Encoding takes some hundred bytes a character while it lives."""
+    """Some texts at a time, and a long one alone."""
     part: list[str] = []
     characters = 0
     for text in texts:
-        part.append(text)
-        characters += len(text)
-        if characters >= _PART_CHARACTERS:
+        if part and characters + len(text) > _PART_CHARACTERS:
             yield part
             part, characters = [], 0
-    if part:
-        yield part
+        part.append(text)
+        characters += len(text)
+    yield part
 
 
 def _special_tokens(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:

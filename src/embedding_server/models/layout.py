@@ -104,7 +104,14 @@ def _read_modules(folder: Path) -> list[Module]:
         raise ModelNotSupported(f"{path} names no module.")
     found = []
     for entry in entries:
-        kind = str(entry.get("type", "")).rpartition(".")[2]
+        type_name = str(entry.get("type", ""))
+        if not type_name.startswith("sentence_transformers."):
+            # Of the model's own code, or of any other package: loading it would run that code.
+            raise ModelNotSupported(
+                f"{path} names the class {type_name!r}; only those of sentence_transformers are "
+                "known, and a model's own code is never run."
+            )
+        kind = type_name.rpartition(".")[2]
         where = _inside(folder, str(entry.get("path", "")), path)
         has_config = where != folder and (where / "config.json").is_file()
         if kind in ("Pooling", "Dense") and not has_config:
@@ -125,6 +132,8 @@ def _default_modules(folder: Path) -> list[Module]:
         )
     config = read_object(folder / "config.json")
     names = config.get("architectures") or [""]
+    if not isinstance(names, list):
+        raise ModelNotSupported(f"{folder / 'config.json'}: architectures can't be {names!r}.")
     causal = str(names[0]).endswith("ForCausalLM") and config.get("is_causal", True)
     mode = "lasttoken" if causal else "mean"
     return [Module("Transformer", folder, {}), Module("Pooling", folder, {"pooling_mode": mode})]
@@ -133,7 +142,7 @@ def _default_modules(folder: Path) -> list[Module]:
 def _inside(folder: Path, relative: str, source: Path) -> Path:
     """``folder / relative``, refused if it leads out of the folder."""
     path = folder / relative
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if "\0" in relative or not path.resolve().is_relative_to(folder.resolve()):
         raise ModelNotSupported(
             f"{source} names the path {relative!r}, outside the model's folder."
         )
@@ -215,7 +224,8 @@ def _usable_positions(config: Mapping[str, Any], positions: Any) -> int | None:
         case "bert" | "distilbert" | "electra":
             return positions
         case "roberta" | "xlm-roberta":
-            return positions - (config.get("pad_token_id", 1) or 0) - 1
+            padding = config.get("pad_token_id", 1)
+            return positions - (padding if isinstance(padding, int) else 0) - 1
         case "mpnet":  # counts like RoBERTa, with a padding index that the config can't change
             return positions - 2
         case _:
@@ -236,8 +246,11 @@ def _read_prompts(folder: Path) -> tuple[Mapping[str, str], str | None]:
         raise ModelNotSupported(
             f"{path} sets truncate_dim. Remove it there and send 'dimensions' with each request."
         )
-    prompts = {str(k): str(v) for k, v in (values.get("prompts") or {}).items() if v is not None}
+    given = values.get("prompts") or {}
+    if not isinstance(given, dict) or not all(isinstance(v, str | None) for v in given.values()):
+        raise ModelNotSupported(f"{path}: prompts must be texts by their names.")
+    prompts = {name: text for name, text in given.items() if text is not None}
     default = values.get("default_prompt_name")
-    if default is not None and default not in prompts:
+    if default is not None and (not isinstance(default, str) or default not in prompts):
         raise ModelNotSupported(f"{path} names the default prompt {default!r}, which it lacks.")
     return prompts, default

@@ -118,6 +118,11 @@ def _load(folder: Path, options: LoadOptions) -> tuple[str, str, Layout, Backend
         except ModelNotSupported as refusal:
             refusals.setdefault(str(refusal), []).append(name)
             continue
+        except Exception as error:  # files that lie in a way that nobody foresaw
+            logger.debug("%s can't be loaded on %s", folder, name, exc_info=True)
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            refusals.setdefault(f"{folder} can't be loaded: {what}", []).append(name)
+            continue
         if refusals:
             why = "; ".join([why, *_told(refusals)])
             logger.info("%s runs on %s: %s", folder, name, why)

@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from embedding_server.errors import ModelNotSupported
-from embedding_server.models.json_files import read_object
+from embedding_server.models.json_files import read_object, read_text
 
 __all__ = ["SPECIAL_TOKENS", "Token", "TokenizerFiles", "read_backend", "read_tokenizer_files"]
 
@@ -43,6 +43,9 @@ _PROCESSOR_FILES = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
 """Where sentence-transformers first looks for something other than a tokenizer."""
+
+
+_TOKEN_ID = re.compile("[0-9]{1,10}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         del settings["extra_special_tokens"]
     if "added_tokens_decoder" in settings:
         listed = settings["added_tokens_decoder"]
-        if not isinstance(listed, dict) or not all(index.isdecimal() for index in listed):
+        if not isinstance(listed, dict) or not all(map(_TOKEN_ID.fullmatch, listed)):
             raise ModelNotSupported(f"{settings_path}: added_tokens_decoder must be by token id.")
         added = {int(index): _added_token(settings_path, token) for index, token in listed.items()}
     else:
@@ -134,8 +137,10 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 def read_backend(path: Path) -> tuple[str, tokenizers.Tokenizer]:
     """A tokenizer.json, as text and read; raises ModelNotSupported if it can't be."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         return text, tokenizers.Tokenizer.from_str(text)
+    except ModelNotSupported:
+        raise
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelNotSupported(f"{path} can't be read as a tokenizer: {error}") from None
 

@@ -20,6 +20,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 
+from embedding_server.engine.cuts import QWEN_WORDS
 from embedding_server.engine.tokenizer import Tokenizer
 from embedding_server.errors import ModelNotSupported
 from embedding_server.models.tokenizer_files import (
@@ -178,17 +179,10 @@ def _xlm_roberta(files: TokenizerFiles, special: _Special) -> tokenizers.Tokeniz
     return made
 
 
-# The pattern belongs to the vocabulary: tokenization_qwen.py in every repository of Qwen has it.
-_QWEN_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
 def _qwen2(files: TokenizerFiles, special: _Special) -> tokenizers.Tokenizer:
     made = tokenizers.Tokenizer(_bare_byte_pairs(files))
     made.normalizer = normalizers.NFC()
-    words = pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated")
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
     space = bool(files.optional_flag("add_prefix_space"))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=False)
     made.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])

@@ -1,0 +1,106 @@
+"""Where a long text can be cut so that its pieces have the tokens of the whole.
+
+tokenizers takes some 500 bytes for each character of what it is given at once. A text is split
+into words first, and no token reaches from one word into the next, so that cutting between two
+words changes nothing, as long as it is certain that there is an end of a word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tokenizers
+
+__all__ = ["QWEN_WORDS", "cut_pattern", "pieces"]
+
+# The pattern belongs to the vocabulary: tokenization_qwen.py in every repository of Qwen has it.
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Each ends with the character that begins the next piece. Only characters that no normaliser
+# joins with a neighbour: a letter before a space or a mark always ends a word.
+_IDEOGRAPHS = "\u4e00-\u9fff"
+_LETTERS = f"A-Za-z\u3041-\u3096\u30a1-\u30fa{_IDEOGRAPHS}"
+_MARKS = ",.;:!?+=)\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
+_BEFORE_SPACE = re.compile(f"[{_LETTERS}0-9{_MARKS}] ")
+_BEFORE_ANY_SPACE = re.compile(f"[{_LETTERS}0-9{_MARKS}][ \\n]")
+_BEFORE_MARK = re.compile(f"[{_LETTERS}][ \\n{_MARKS}]|[0-9{_MARKS}] ")
+_ANY_MARK = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+
+_NORMALIZERS = {
+    *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Precompiled"),
+    "BertNormalizer",
+}
+"""Those that look at a character and the marks on it, and no further."""
+
+
+def cut_pattern(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
+    """What to look for in a text: it can be cut before the last character of each match.
+
+    None if nothing is certain of this tokenizer.
+    """
+    normalizers = _flat(tokenizer.normalizer, "normalizers")
+    if not {part["type"] for part in normalizers} <= _NORMALIZERS:
+        return None
+    added = tokenizer.get_added_tokens_decoder().values()
+    texts = {str(token) for token in added}
+    if tokenizer.normalizer is not None:
+        texts |= {tokenizer.normalizer.normalize_str(text) for text in texts}
+    pattern = _of_words(_flat(tokenizer.pre_tokenizer, "pretokenizers"), normalizers, texts)
+    # A token that is looked for before all else may hold such a place, or take the space after it.
+    if pattern is None or any(token.rstrip for token in added) or any(map(pattern.search, texts)):
+        return None
+    return pattern
+
+
+def _of_words(
+    splitting: list[Mapping[str, Any]], normalizers: list[Mapping[str, Any]], added: set[str]
+) -> re.Pattern[str] | None:
+    match splitting:
+        case [{"type": "BertPreTokenizer"}]:
+            # Spaces, marks and ideographs stand alone, whatever is beside them.
+            marks = "".join(mark for mark in _ANY_MARK if not any(mark in text for text in added))
+            alone = any(part.get("handle_chinese_chars") for part in normalizers)
+            return re.compile(f"[ \\n{re.escape(marks)}{_IDEOGRAPHS if alone else ''}]")
+        case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": prefix}]:
+            return _BEFORE_SPACE if prefix else _BEFORE_MARK
+        case [
+            {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "use_regex": False, "add_prefix_space": prefix},
+        ] if words == QWEN_WORDS:
+            return _BEFORE_SPACE if prefix else _BEFORE_MARK
+        case [{"type": "WhitespaceSplit"}, {"type": "Metaspace"}]:
+            return _BEFORE_ANY_SPACE
+        case [{"type": "Metaspace", "split": True}]:
+            return _BEFORE_SPACE
+        case _:
+            return None
+
+
+def _flat(component: Any, parts: str) -> list[Mapping[str, Any]]:
+    """A normaliser or pre-tokenizer as the JSON of its parts, in order."""
+    if component is None:
+        return []
+    state = json.loads(component.__getstate__())
+    return list(state[parts]) if state["type"] == "Sequence" else [state]
+
+
+def pieces(text: str, pattern: re.Pattern[str] | None, size: int) -> Iterator[str]:
+    """``text`` in pieces of ``size`` characters and as many more as it takes to a place to cut."""
+    start = 0
+    while pattern is not None and len(text) - start > 2 * size:
+        found = None
+        # By the window, as nothing else in the process runs while a pattern is looked for.
+        for low in range(start + size, len(text), size):
+            if found := pattern.search(text, low, low + size + 1):
+                break
+        if found is None:
+            break
+        yield text[start : found.end() - 1]
+        start = found.end() - 1
+    yield text[start:]

@@ -1,0 +1,309 @@
+"""Texts of many MB: the tokens of the whole, in bounded memory, and in nobody's way."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import tiny_models
+from error_shape import error_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from in_process import until
+from live import LiveServer, running_server
+from minilm import minilm_folder
+from tokenizers import AddedToken
+
+import embedding_server.engine.tokenizer as tokenizer_module
+from embedding_server.engine.cuts import cut_pattern, pieces
+from embedding_server.engine.tokenizer import Tokenizer
+from embedding_server.errors import InvalidRequest
+from embedding_server.models.tokenizers import load_static_tokenizer, load_tokenizer
+
+MODEL = "all-MiniLM-L6-v2"
+FAMILIES = tuple(tiny_models.FAMILIES)
+UNCUT = 10**7
+
+WORDS = ["river", "City", "a", "don't", "don'", "'s", "1", "42x", "x,y", "e\u0301", "\u1100\u1161"]
+SPACES = [" ", "  ", "\n", "\r\n", "\t", " \n ", "\u3000", "\u00a0", "\u200b"]
+MARKS = [
+    ",",
+    ".",
+    "...",
+    "!",
+    "?!",
+    "(",
+    ")",
+    "=",
+    "+",
+    "'",
+    '"',
+    "-",
+    "\u2026",
+    "\u3002",
+    "\uff0c",
+]
+TOKENS = ["[MASK]", "<mask>", "[CLS]", "</s>", "<|endoftext|>", "<think>", "##s", "\u2581"]
+OTHERS = ["\u6771", "\u304b\u3099", "\u0301", "\U0001f468\u200d", "\U0001f3fd", "\u0600", "\x00"]
+TEXT = st.lists(
+    st.one_of(
+        *(st.sampled_from(parts) for parts in (WORDS, SPACES, MARKS, TOKENS, OTHERS)),
+        st.characters(exclude_categories=["Cs"]),
+    ),
+    max_size=300,
+).map("".join)
+
+
+def load(folder: Path, limit: int = UNCUT) -> Tokenizer:
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] == "model2vec":
+        return load_static_tokenizer(folder / "tokenizer.json")
+    return load_tokenizer(folder, config, max_tokens=limit)
+
+
+@pytest.fixture(scope="module", params=["minilm", *FAMILIES])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "minilm":
+        return minilm_folder()
+    return tiny_models.FAMILIES[request.param](tmp_path_factory.mktemp("long") / "model").folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return load(folder)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever has more than 20 characters is long."""
+    monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", 20)
+    monkeypatch.setattr(tokenizer_module, "_MOST_CHARACTERS", UNCUT)
+
+
+# ----------------------------------------------------------------------------- the same tokens
+
+
+@pytest.mark.usefixtures("small_parts")
+@settings(
+    max_examples=300,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(texts=st.lists(TEXT.filter(bool), min_size=1, max_size=3))
+def test_pieces_have_the_tokens_of_the_whole(tokenizer: Tokenizer, texts: list[str]) -> None:
+    raw = tokenizer._tokenizer
+    special = tokenizer._add_special_tokens
+    wholes = [raw.encode(text, add_special_tokens=special).ids for text in texts]
+    if special and not all(wholes):
+        return  # refused, in test_loading.py
+    found = tokenizer.encode(texts)
+    assert [list(encoding.ids) for encoding in found] == wholes
+    assert [encoding.total_tokens for encoding in found] == [len(whole) for whole in wholes]
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("limit", [8, 40, 100])
+@pytest.mark.parametrize("keep_end", [False, True])
+def test_long_texts_are_cut_as_others_are(folder: Path, limit: int, keep_end: bool) -> None:
+    text = "the river runs past the old city, and on. " * 12
+    whole, tokenizer = load(folder), load(folder)
+    tokenizer.max_tokens = limit
+    tokenizer._keep_end = keep_end
+    (uncut,), (cut,) = whole.encode([text]), tokenizer.encode([text])
+    assert cut.total_tokens == len(uncut.ids) == uncut.total_tokens
+    first, last = len(tokenizer._prefix), len(tokenizer._suffix)
+    content = uncut.ids[first : len(uncut.ids) - last]
+    room = limit - first - last
+    kept = content[-room:] if keep_end else content[:room]
+    assert cut.ids[first : len(cut.ids) - last] == kept
+
+
+def test_prose_is_cut_in_every_family(tokenizer: Tokenizer) -> None:
+    text = "the river runs past the old city, and on. " * 1000
+    parts = list(pieces(text, cut_pattern(tokenizer._tokenizer), 1000))
+    assert "".join(parts) == text
+    assert max(map(len, parts)) < 2100
+
+
+@pytest.mark.parametrize(
+    "token",
+    [AddedToken("old city"), AddedToken("x. y"), AddedToken("city", rstrip=True)],
+    ids=["a-space-inside", "a-mark-inside", "takes-the-space-after-it"],
+)
+def test_added_tokens_that_forbid_it(token: AddedToken) -> None:
+    raw = load(minilm_folder())._tokenizer
+    assert cut_pattern(raw) is not None
+    raw.add_tokens([token])
+    pattern = cut_pattern(raw)
+    if token.content == "x. y":  # its mark alone is no place any more
+        assert pattern is None or "." not in pattern.pattern
+    else:
+        assert pattern is None
+
+
+def test_an_unknown_pre_tokenizer_is_never_cut() -> None:
+    raw = load(minilm_folder())._tokenizer
+    raw.pre_tokenizer = None
+    assert cut_pattern(raw) is None
+    assert list(pieces("a " * 100, None, 10)) == ["a " * 100]
+
+
+# --------------------------------------------------------------------------------- in any form
+
+LONG = 1_000_000
+FORMS = {
+    "prose": "the river runs past the old city ",
+    "one word": "a",
+    "words": "zqxj" * 25 + " ",
+    "combining": "\u0301\u0323",
+    "ideographs": "\u6771\u65b9\u5df2\u3002",
+    "added tokens": "[MASK] <mask> ",
+    "spaces": " ",
+    "lines": " \n",
+    "marks": "!",
+    "letters and marks": "!a",
+    "joined emoji": "\U0001f468\u200d",
+    "flags": "\U0001f1e6",
+    "hangul": "\u1100\u1161",
+}
+"""What a text of a million characters may be made of."""
+
+PROGRAM = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_long_texts import FORMS, LONG, load
+from embedding_server.errors import InvalidRequest
+
+tokenizer = load(Path(sys.argv[2]), 32)
+tokenizer.encode(["a"])
+texts = {name: (form * (LONG // len(form) + 1))[:LONG] for name, form in FORMS.items()}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name, text in texts.items():
+    try:
+        (encoding,) = tokenizer.encode([text])
+        print(name, encoding.total_tokens)
+    except InvalidRequest as error:
+        print(name, "refused:", error.code)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("kind", ["minilm", "roberta", "xlm_roberta", "qwen3", "static"])
+def test_memory_of_a_million_characters(kind: str, tmp_path: Path) -> None:
+    """Without pieces a million take up to 600 MB."""
+    folder = minilm_folder() if kind == "minilm" else tiny_models.FAMILIES[kind](tmp_path / "m")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            str(Path(__file__).parent),
+            str(getattr(folder, "folder", folder)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    *rows, megabytes = done.stdout.splitlines()
+    assert len(rows) == len(FORMS)
+    assert not any(row.startswith("prose refused") for row in rows)
+    assert int(megabytes) < 150, done.stdout
+
+
+def test_a_stretch_without_a_place_to_cut_it_at(tokenizer: Tokenizer) -> None:
+    most = tokenizer_module._MOST_CHARACTERS
+    with pytest.raises(InvalidRequest, match=rf"input\[1\] has a stretch of {most + 1} ") as caught:
+        tokenizer.encode(["fine", "a" * (most + 1)])
+    assert caught.value.code == "request_too_large"
+
+
+def test_a_prompt_of_any_length() -> None:
+    tokenizer = load(minilm_folder(), 256)
+    for inputs in (["text"], [[7, 8]]):
+        with pytest.raises(InvalidRequest, match="'prompt' has 65537 characters"):
+            tokenizer.encode(inputs, prompt="a " * 32768 + "b")
+        assert tokenizer.encode(inputs, prompt="a " * 32768)[0].truncated
+
+
+# ------------------------------------------------------------------------------ over the network
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[LiveServer]:
+    """A server that lets 20 million characters into one request."""
+    flags = ("--max-request-tokens", "2000000", "--max-body-bytes", "100000000")
+    with running_server("--model", MODEL, *flags) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def client(live: LiveServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=live.url, timeout=120) as client:
+        yield client
+
+
+def embed(client: httpx.Client, input: Any) -> httpx.Response:
+    return client.post("/v1/embeddings", json={"model": MODEL, "input": input})
+
+
+def admitted(client: httpx.Client) -> bool:
+    page = client.get("/metrics").text
+    return f'queue_requests{{model="{MODEL}"}} 3.0' in page
+
+
+def test_long_texts_block_nobody(client: httpx.Client) -> None:
+    """Three requests of 10 MB on fewer threads, and others are answered before any of them."""
+    before = embed(client, ["iPhone"]).json()["data"][0]["embedding"]
+    prose = FORMS["prose"]
+    longs = [prose * 320_000, FORMS["ideographs"] * 1_000_000]
+    # Refused, but last: the word stands behind as much as others have.
+    refused = [prose * 9_000] * 33 + ["a" * 600_000]
+    with ThreadPoolExecutor(3) as pool:
+        longs_done = [pool.submit(embed, client, input) for input in (refused, *longs)]
+        until(lambda: admitted(client) or any(done.done() for done in longs_done))
+        short = embed(client, ["iPhone"])
+        longer = embed(client, ["iPhone " * 2000])  # in the same threads as the long ones
+        health = [client.get(f"/health/{name}").status_code for name in ("live", "ready")]
+        assert not any(done.done() for done in longs_done), "they were not under way"
+        assert health == [200, 200]
+        assert short.json()["data"][0]["embedding"] == before
+        assert longer.json()["data"][0]["tokens"] == 2002
+        told, *answered = [done.result() for done in longs_done]
+    assert error_of(told, 400)["code"] == "request_too_large"
+    for response, text in zip(answered, longs, strict=True):
+        (row,) = response.json()["data"]
+        head = np.array(embed(client, text[:20_000]).json()["data"][0]["embedding"])
+        np.testing.assert_allclose(row["embedding"], head, atol=1e-6)
+        assert row["tokens"] > 256
+
+
+def test_a_client_that_hangs_up_meanwhile_frees_its_place(
+    live: LiveServer, client: httpx.Client
+) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{live.url}/v1/embeddings",
+            json={"model": MODEL, "input": FORMS["words"] * 190_000},
+            timeout=httpx.Timeout(60, read=0.5),
+        )
+    until(lambda: f'queue_requests{{model="{MODEL}"}} 0.0' in client.get("/metrics").text)
+
+
+def test_2048_texts_of_8_kb(server: LiveServer) -> None:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        error = error_of(embed(client, ["zqxj " * 1640] * 2048), 400)
+        assert error["code"] == "request_too_large"
+        assert "16793600 characters in 2048 inputs; at most 3000000" in error["message"]
+        assert embed(client, "a").status_code == 200

@@ -24,8 +24,8 @@ KEYED = {"authorization": f"Bearer {KEY}"}
 ROUTERS = (embeddings.router, models.router, health.router)
 METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace")
 ERRORS = {
-    "/v1/embeddings": {400, 401, 404, 413, 415, 429, 500, 503, 504},
-    "/openai/v1/embeddings": {400, 401, 404, 413, 415, 429, 500, 503, 504},
+    "/v1/embeddings": {400, 401, 404, 408, 413, 415, 429, 500, 503, 504},
+    "/openai/v1/embeddings": {400, 401, 404, 408, 413, 415, 429, 500, 503, 504},
     "/v1/models": {401, 503},
     "/openai/v1/models": {401, 503},
     "/v1/models/{name}": {401, 404, 503},

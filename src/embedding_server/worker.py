@@ -11,54 +11,75 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import pickle
 import socket
 import sys
 
 from embedding_server.errors import EmbeddingServerError
 from embedding_server.logs import set_up_logging
+from embedding_server.models.registry import Registry
 from embedding_server.service import Service
 from embedding_server.settings import Settings
 
 __all__ = ["main"]
 
+logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 1.0
+
 
 def main(listener_descriptor: int, control_descriptor: int) -> int:
     """Serve until told to stop; the exit code."""
-    listener = socket.socket(fileno=listener_descriptor)
     control = socket.socket(fileno=control_descriptor)
     settings = Settings.model_construct(**pickle.load(sys.stdin.buffer))  # noqa: S301 - our parent's
     set_up_logging(settings.log_format, settings.log_level)
+    try:
+        worker = _Worker(settings, control)
+        with socket.socket(fileno=listener_descriptor) as listener:
+            return worker.service.run(listener)
+    except EmbeddingServerError as error:
+        _tell(control, f"failed {json.dumps(str(error))}")
+        return 1
 
-    def tell(line: str) -> None:
-        control.send(line.encode() + b"\n")
 
-    async def obey() -> None:
-        reader, writer = await asyncio.open_connection(sock=control.dup())
+class _Worker:
+    def __init__(self, settings: Settings, control: socket.socket) -> None:
+        self.service = Service(
+            settings, on_start=self._start, on_loaded=lambda: _tell(control, "ready")
+        )
+        self._control = control
+
+    def _start(self) -> None:
+        self._obeying = asyncio.ensure_future(self._obey())
+        self._look()
+
+    async def _obey(self) -> None:
+        reader, writer = await asyncio.open_connection(sock=self._control.dup())
         async for line in reader:
             command, _, argument = line.decode().strip().partition(" ")
             match command:
                 case "drain":
-                    service.drain()
+                    self.service.drain()
                 case "reload":
-                    service.reload()
+                    self.service.reload()
                 case "siblings":
-                    service.app.state.siblings = json.loads(argument)
+                    self.service.app.state.siblings = json.loads(argument)
         writer.close()
-        service.drain()
+        self.service.drain()
 
-    tasks: list[asyncio.Task[None]] = []
-    try:
-        service = Service(
-            settings,
-            on_start=lambda: tasks.append(asyncio.ensure_future(obey())),
-            on_loaded=lambda: tell("ready"),
-        )
-        with listener:
-            return service.run(listener)
-    except EmbeddingServerError as error:
-        tell(f"failed {json.dumps(str(error))}")
-        return 1
+    def _look(self) -> None:
+        """End when a batch hangs: another worker takes the place."""
+        registry: Registry = self.service.app.state.registry
+        if registry.hung:
+            logger.error("a batch hangs: this worker finishes the others and ends")
+            self.service.drain()
+        else:
+            asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look)
+
+
+def _tell(control: socket.socket, line: str) -> None:
+    control.send(line.encode() + b"\n")
 
 
 if __name__ == "__main__":

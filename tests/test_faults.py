@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import signal
@@ -253,6 +254,23 @@ def test_a_batch_that_comes_back_turns_health_green(tmp_path: Path) -> None:
         assert status(server, "/health/ready") == 200
         assert vectors_of(embed(server, "a")).shape == (1, 384)
         assert vectors_of(embed(server, "please wait")).shape == (1, 384)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+
+
+def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
+    program = "from embedding_server.backends.base import BACKENDS\n"
+    program += "BACKENDS['onnx'] = 'fake_backends:Faulty'\n"
+    (tmp_path / "sitecustomize.py").write_text(program)
+    path = [str(tmp_path), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    flags = ("--model", MODEL, "--workers", "2", "--threads", "2", "--inference-timeout", "0.5")
+    with running_server(*flags, env={"PYTHONPATH": os.pathsep.join(path)}) as server:
+        until(lambda: server.log.count(" is ready (process") == 2)
+        error_of(embed(server, "please hang"), 503)
+        until(lambda: server.log.count(" is ready (process") == 3)
+        for number in range(20):
+            assert vectors_of(embed(server, f"{number}")).shape == (1, 384)
+            assert status(server, "/health/live") == 200
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) == 0
 

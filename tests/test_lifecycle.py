@@ -259,31 +259,6 @@ def test_a_crash_loop_is_seen_in_readiness() -> None:
         assert server.stop() == 0
 
 
-def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "from embedding_server.backends.base import BACKENDS\n"
-        "BACKENDS['onnx'] = 'fake_backends:Faulty'\n"
-    )
-    paths = [
-        str(tmp_path),
-        str(Path(__file__).parent),
-        *os.environ.get("PYTHONPATH", "").split(":"),
-    ]
-    with running_server(
-        *("--model", MODEL, "--workers", "2", "--inference-timeout", "0.5"),
-        env={"PYTHONPATH": ":".join(filter(None, paths))},
-    ) as server:
-        until(lambda: server.log.count("is ready (process") == 2)
-        workers = workers_of(server)
-        body = {"model": MODEL, "input": "please hang"}
-        error_of(httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60), 503)
-        until(lambda: server.log.count("is ready (process") == 3)
-        assert len(set(workers_of(server)) & set(workers)) == 1
-        body = {"model": MODEL, "input": "iPhone"}
-        assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 200
-        assert server.stop() == 0
-
-
 def test_workers_that_can_not_start(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     done = run_cli("serve", "--port", "0", "--workers", "2", "--model", str(tmp_path))

@@ -52,10 +52,10 @@ class Measured:
 
 
 def bodies() -> list[bytes]:
-    """Requests of two texts, some 70 tokens each: a batch holds one."""
+    """Requests of four texts, some 210 tokens each."""
     made = []
     for number in range(200):
-        texts = [f"{number} {place} {TEXT * (1 + place)}" for place in range(2)]
+        texts = [f"{number} {place} {TEXT * (1 + place)}" for place in range(4)]
         made.append(json.dumps({"model": MODEL, "input": texts}).encode())
     return made
 
@@ -97,7 +97,7 @@ def watching_the_queue(server: LiveServer) -> Iterator[list[float]]:
 
     def watch() -> None:
         with httpx.Client(timeout=60) as client:
-            while not over.wait(0.1):
+            while not over.wait(0.5):
                 page = client.get(f"{server.url}/metrics").text
                 found = re.search(r"^embedding_server_queue_tokens\S* (\S+)$", page, re.M)
                 assert found is not None

@@ -61,6 +61,8 @@ class Cores:
         self._running: dict[Future[Any], _Running] = {}
         self._watch: asyncio.TimerHandle | None = None
         self._left_behind = False
+        self.hanging = asyncio.Event()
+        """Set once any work has hung."""
 
     @property
     def free(self) -> int:
@@ -177,6 +179,7 @@ class Cores:
 
     def _give_up(self, running: _Running) -> None:
         running.overdue = True
+        self.hanging.set()
         self.usable -= running.cores
         if not running.result.done():
             running.result.set_exception(self._timed_out(running.owner))

@@ -131,6 +131,10 @@ class Registry:
         """The models of which a batch is over its time, now."""
         return self._cores.overdue
 
+    async def until_hung(self) -> None:
+        """Wait for a batch to be over its time."""
+        await self._cores.hanging.wait()
+
     @property
     def ready(self) -> bool:
         """Whether all models are loaded, every engine runs, and nothing hangs."""

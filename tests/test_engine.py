@@ -470,7 +470,7 @@ def test_a_dying_engine_gives_its_cores_back() -> None:
         bench.executor.held = True
         tasks = [bench.send(f"{number} {number}") for number in range(8)]
         await settle()
-        bench.engine._deliver = None  # type: ignore[assignment, method-assign]
+        bench.engine._batches._deliver = None  # type: ignore[assignment, method-assign]
         bench.executor.held = False
         bench.executor.step()
         bench.executor.step()

@@ -118,7 +118,13 @@ def test_only_the_http_layer_knows_the_web(name: str) -> None:
     assert top_level_imports_of(name) & WEB <= allowed
 
 
-@pytest.mark.parametrize("name", ["engine.scheduler", "engine.postprocess", "engine.batch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("engine.scheduler", "engine.postprocess", "engine.batch"),
+        *("engine.parameters", "engine.throughput"),
+    ],
+)
 def test_decisions_are_pure(name: str) -> None:
     """No event loop, clock, thread, model or log where it is decided what is done next."""
     pure = {"__future__", "collections", "dataclasses", "heapq", "itertools", "typing", "numpy"}

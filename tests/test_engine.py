@@ -1137,6 +1137,31 @@ def test_retry_after_counts_cores_and_outlasts_idle_time(core_count: int) -> Non
     run_on(bench, scenario)
 
 
+def test_retry_after_counts_models_that_wait_for_the_same_cores() -> None:
+    bench = Bench(max_queued_tokens=500)
+
+    async def scenario() -> None:
+        bench.backend.seconds = 0.1
+        await bench.send("1 " * 10)
+        bench.executor.held = True
+        tasks: list[asyncio.Task[Any]] = [bench.send("1")]
+        await settle()
+        tasks.append(bench.send(*[f"{number} " + "2 " * 49 for number in range(10)]))
+        await settle()
+        waits = []
+        for _ in range(2):
+            with pytest.raises(Overloaded) as caught:
+                await bench.send("3")
+            waits.append(caught.value.retry_after)
+            tasks.append(asyncio.create_task(bench.cores.acquire(1)))  # another model
+            await settle()
+        assert waits[1] == pytest.approx(2 * waits[0])
+        for task in tasks:
+            task.cancel()
+
+    run_on(bench, scenario)
+
+
 def test_retry_after_is_never_longer_than_clients_heed() -> None:
     bench = Bench(max_queued_tokens=500)
 

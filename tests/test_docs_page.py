@@ -125,7 +125,7 @@ def test_it_tells_all_that_the_document_tells(server: InProcessServer) -> None:
                 assert status == "200" or told(answer["description"])
                 assert all(told(name) for name in answer["headers"])
     for name, schema in document["components"]["schemas"].items():
-        assert told(name) and told(schema["description"])
+        assert name.endswith("Request") or (told(name) and told(schema["description"]))
         for field, row in schema["properties"].items():
             assert told(field) and told(row.get("description", ""))
             for value in row.get("enum", ()):

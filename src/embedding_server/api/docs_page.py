@@ -97,7 +97,7 @@ class _Curl:
 def _page(document: Mapping[str, Any], curl: _Curl, *, keyed: bool) -> str:
     groups: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
     for path, operations in document["paths"].items():
-        for method, operation in operations.items():
+        for method, operation in sorted(operations.items(), reverse=True):  # POST first
             groups.setdefault(operation["tags"][0], []).append((path, method, operation))
     schemas = document["components"]["schemas"]
     bodies = {
@@ -112,9 +112,9 @@ def _page(document: Mapping[str, Any], curl: _Curl, *, keyed: bool) -> str:
         contents.append(_links(tag, links))
         sections.append(f"<h2>{_title(tag)}</h2>")
         for path, method, operation in group:
-            sections += _operation(path, method, operation, curl.command(path, method, operation))
+            command = curl.command(path, method, operation)
+            sections += _operation(path, method, operation, schemas, command)
     objects = [name for name in schemas if name not in bodies]
-    objects += [name for name in schemas if name in bodies]
     contents.append(_links("objects", (f"<a href='#{name}'>{name}</a>" for name in objects)))
     sections.append("<h2>Objects</h2>")
     for name in objects:
@@ -135,7 +135,13 @@ def _page(document: Mapping[str, Any], curl: _Curl, *, keyed: bool) -> str:
     )
 
 
-def _operation(path: str, method: str, operation: Mapping[str, Any], curl: str) -> Iterator[str]:
+def _operation(
+    path: str,
+    method: str,
+    operation: Mapping[str, Any],
+    schemas: Mapping[str, Any],
+    curl: str,
+) -> Iterator[str]:
     yield f"<h3 id='{operation['operationId']}'>{_route(path, method)} "
     yield f"<span class='soft'>{escape(operation['summary'])}</span></h3>"
     yield f"<p>{_prose(operation['description'])}</p>"
@@ -151,17 +157,21 @@ def _operation(path: str, method: str, operation: Mapping[str, Any], curl: str) 
     )  # fmt: skip
     if "requestBody" in operation:
         name = _body_schema(operation)
-        yield f"<h4>Body</h4><p>JSON: <a href='#{name}'>{name}</a></p>"
+        if method == "post":
+            yield f"<h4 id='{name}'>Fields of the body, a JSON object</h4>"
+            yield _fields(schemas[name])
+        else:
+            yield f"<h4>Body</h4><p>The same as that of <a href='#{name}'>POST</a>.</p>"
     yield "<h4>Answers</h4>"
     yield _table(("status", "body", "headers", "when"), _answers(operation))
 
 
 def _answers(operation: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     for status, answer in operation["responses"].items():
-        (content,) = answer["content"].values()
+        body = " or ".join(_type(content["schema"]) for content in answer["content"].values())
         headers = (f"<code>{name}</code>" for name in answer["headers"] if name != "x-request-id")
         when = "The request is answered." if status == "200" else answer["description"]
-        yield status, _type(content["schema"]), ", ".join(headers), _prose(when)
+        yield status, body, ", ".join(headers), _prose(when)
 
 
 def _fields(schema: Mapping[str, Any]) -> str:
@@ -187,11 +197,12 @@ def _type(schema: Mapping[str, Any]) -> str:
     values = schema.get("enum", [schema["const"]] if "const" in schema else ())
     if values:
         return " or ".join(f"<code>{escape(json.dumps(value))}</code>" for value in values)
-    if schema["type"] == "array":
+    if schema.get("type") == "array":
         return f"list of {_type(schema['items'])}"
     if isinstance(schema.get("additionalProperties"), Mapping):
         return f"object of {_type(schema['additionalProperties'])}"
-    return f"{schema['type']}" + (f" from {schema['minimum']:g}" if "minimum" in schema else "")
+    at_least = f" from {schema['minimum']:g}" if "minimum" in schema else ""
+    return f"{schema.get('type', 'anything')}{at_least}"
 
 
 def _body_schema(operation: Mapping[str, Any]) -> str:

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 # From here a single input is faster on all cores together than on one.
 _WIDE_TOKENS = 64
 
+_NO_MEMORY = "ran out of memory"
+
 
 class _Request:
     """A request's vectors as they come in; done when none is missing."""
@@ -216,46 +218,51 @@ class BatchLoop:
         return _Running(entries, rows, batch, cores, started, vectors)
 
     async def _end(self, running: _Running) -> None:
-        if not await self._settled(running):
+        trouble = await self._settle(running)
+        if trouble:
+            logger.warning(
+                "a batch of %d inputs with %d tokens %s on %s; trying it in halves",
+                *(len(running.entries), running.batch.tokens, trouble, self._name),
+            )
+            if trouble == _NO_MEMORY:
+                self._metrics.out_of_memory.inc()
             await self._retry_in_halves(running)
 
-    async def _settled(self, running: _Running) -> bool:
-        """Deliver the batch, or fail its requests; False if memory ran out, for the caller to mend.
+    async def _settle(self, running: _Running) -> str:
+        """Deliver the batch, or fail its requests, or tell what kept it from being delivered.
 
-        The exception is gone by then, and with it whatever its frames held.
+        The last is for the caller to mend. The exception is gone by then, and with it whatever its
+        frames held.
         """
         entries = running.entries
         try:
             vectors = await running.vectors
         except MemoryError:
-            return False
+            return _NO_MEMORY
         except InferenceTimedOut as error:
             self._metrics.timed_out_batches.inc()
             self._batch_failed(entries, InferenceTimedOut, str(error))
         except Exception:
+            if len(running.batch) > 1:
+                return "failed"
             self._batch_failed(entries)
         else:
-            self._deliver(running, vectors)
+            return self._deliver(running, vectors)
         finally:
             for stages in _stages_of(entries):
                 stages.batch_ended(time.perf_counter())
-        return True
+        return ""
 
     async def _retry_in_halves(self, running: _Running) -> None:
-        """Compute a batch that ran out of memory in parts, one after the other.
+        """Compute a batch that failed in parts, one after the other, down to one input if need be.
 
-        Down to one input, if need be, which fails with OutOfMemory.
+        So the one input that breaks it fails alone, and what is too much at once is computed.
         """
-        logger.warning(
-            "a batch of %d inputs with %d tokens ran out of memory on %s; trying it in halves",
-            *(len(running.entries), running.batch.tokens, self._name),
-        )
-        self._metrics.out_of_memory.inc()
-        too_large = [running]
+        failed = [running]
         alone = 0
-        while too_large:
-            batch = too_large.pop()
-            if len(batch.batch) == 1:
+        while failed:
+            batch = failed.pop()
+            if len(batch.batch) == 1:  # and is out of memory, or it would have failed already
                 alone += 1
                 message = (
                     f"The server has not enough memory for an input of {batch.batch.tokens} "
@@ -266,8 +273,8 @@ class BatchLoop:
             middle = len(batch.entries) // 2
             for half in (batch.entries[:middle], batch.entries[middle:]):
                 again = await self._start_again(half)
-                if again is not None and not await self._settled(again):
-                    too_large.append(again)
+                if again is not None and await self._settle(again):
+                    failed.append(again)
         if alone:
             self._metrics.failed_batches.inc()
             logger.error("%d inputs found no memory on %s, each alone", alone, self._name)
@@ -295,29 +302,33 @@ class BatchLoop:
         logger.exception("a batch of %d inputs failed on %s", len(entries), self._name)
         self._fail(entries, kind, message)
 
-    def _deliver(self, running: _Running, vectors: NDArray[np.float32]) -> None:
+    def _deliver(self, running: _Running, vectors: NDArray[np.float32]) -> str:
+        """As ``_settle``."""
         entries, batch = running.entries, running.batch
         self._measure(running, time.perf_counter() - running.started)
         try:
             finite = finite_rows(vectors, (len(batch), self._backend.dims))
         except ValueError as error:
+            if len(batch) > 1:
+                return f"gave {error}"
             self._metrics.failed_batches.inc()
             logger.error("%s gave %s", self._name, error)
             message = "The model gave an answer of the wrong shape or kind for this request."
             self._fail(entries, InferenceFailed, message)
-            return
+            return ""
         if not all(finite):
+            if len(batch) > 1:
+                return "gave values that are not finite"
             self._metrics.failed_batches.inc()
             logger.error("%s gave values that are not finite", self._name)
-            told = zip(entries, running.rows, strict=True)
-            broken = [entry for entry, row in told if not finite[row]]
             message = "The model gave values that are not finite for this request."
-            self._fail(broken, InferenceFailed, message)
+            self._fail(entries, InferenceFailed, message)
+            return ""
         for entry, row in zip(entries, running.rows, strict=True):
-            if finite[row]:
-                _request_of(entry).deliver(entry.places, vectors[row])
+            _request_of(entry).deliver(entry.places, vectors[row])
         for request in {_request_of(entry) for entry in entries}:
             self._metrics.queue_duration.observe(running.started - request.arrived)
+        return ""
 
     def _measure(self, running: _Running, seconds: float) -> None:
         metrics, batch = self._metrics, running.batch

@@ -69,7 +69,8 @@ class Observed:
         """(host, port) of all it has connected to, sent to or looked up, once it has ended."""
         if self.strace is not None:
             strace = self.strace  # what watches ends after what is watched
-            until(lambda: f"{self.process.pid} +++ exited" in strace.read_text())
+            end = re.compile(rf"^{self.process.pid} +\+\+\+ exited", re.MULTILINE)
+            until(lambda: end.search(strace.read_text()) is not None)
             return {(host, int(port)) for port, host in CALL.findall(strace.read_text())}
         told = [line.split() for line in self.audit.read_text().splitlines()]
         return {(host, int(port) if port.isdecimal() else 0) for _, host, port in told}

@@ -74,17 +74,27 @@ def command_line(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
 
+def processes(pid: int) -> list[int]:
+    """The process and all that it has started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(below for child in children for below in processes(int(child)))]
+
+
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="there is no /proc here")
-def test_a_server_shows_no_key() -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_server_shows_no_key(workers: int) -> None:
     flags = ["--api-key", KEY, f"--api-key={OTHER}", "--hf-token", TOKEN]
+    flags += [] if workers == 1 else ["--workers", str(workers)]
     flags += ["--log-level", "debug", "--model", MODEL]
     with running_server(*flags) as server, httpx.Client(base_url=server.url) as client:
-        shown = command_line(server.process.pid)
-        assert f"serve --port 0 --log-level debug --model {MODEL}" in shown
+        pids = processes(server.process.pid)
+        assert len(pids) >= workers
+        shown = "\n".join(map(command_line, pids))
+        assert f"--log-level debug --model {MODEL}" in shown
         ps = shutil.which("ps")
         if ps is not None:
-            done = subprocess.run([ps, "-ww", "-o", "args=", "-p", str(server.process.pid)],
-                                  capture_output=True, text=True, check=True)  # fmt: skip
+            command = [ps, "-ww", "-o", "args=", "-p", ",".join(map(str, pids))]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
             shown += done.stdout
         told = []
         for key in (KEY, OTHER, WRONG):

@@ -57,7 +57,8 @@ def write(path: Path, value: Any) -> None:
 
 def load(folder: Path, limit: int = LIMIT) -> Tokenizer:
     # transformers hands out ids that the model has no vector for, too.
-    config = {**read(folder / "config.json"), "vocab_size": 10**6}
+    config = read(folder / "config.json")
+    config["vocab_size"] += 500
     return load_tokenizer(folder, config, max_tokens=limit)
 
 

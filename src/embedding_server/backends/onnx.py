@@ -108,13 +108,20 @@ class OnnxFileBackend:
         session = _session(str(file), _session_options(options.threads))
         known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
         inputs = {value.name for value in session.get_inputs()}
+        typed = {
+            value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())
+        }
+        for name, kind in typed.items():
+            wanted = "tensor(float)" if name in _STATES else "tensor(int64)"
+            if name in (*known, *_STATES) and kind != wanted:
+                raise ModelNotSupported(f"{file}: {name} is a {kind}, not a {wanted}.")
         if pipeline.config.get("model_type") in _COUNTED_FROM_PADDING:
             known.remove("position_ids")  # which these count in their own way
         if unknown := inputs - known:
             raise ModelNotSupported(f"{file} wants inputs not known here: {', '.join(unknown)}.")
         outputs = {value.name: value.shape for value in session.get_outputs()}
         states = next((name for name in _STATES if name in outputs), None)
-        if states is None or not isinstance(outputs[states][-1], int):
+        if states is None or len(outputs[states]) != 3 or not isinstance(outputs[states][-1], int):
             raise ModelNotSupported(
                 f"{file} has the outputs {', '.join(outputs)}; one of {', '.join(_STATES)}, the "
                 "states of every token, is needed."

@@ -23,6 +23,10 @@ _PART_CHARACTERS = 64 * 1024
 _MOST_CHARACTERS = 8 * _PART_CHARACTERS
 """As many without a place to cut at are no text, and a model's limit is far below."""
 
+# Tables are rounded up to a multiple of 64 or 128, and some have a few hundred rows in reserve.
+_SPARE_ROWS = 1024
+_SPARE_SHARE = 0.04
+
 _one_large = threading.Lock()
 
 Input = str | Sequence[int]
@@ -72,15 +76,22 @@ class Tokenizer:
         self.max_tokens = max_tokens
         tokens = tokenizer.get_vocab_size(with_added_tokens=True)
         self.vocab_size = vocab_size or tokens
+        unknown = self.vocab_size - tokens
+        if unknown > _SPARE_ROWS and unknown > _SPARE_SHARE * self.vocab_size:
+            raise _apart(tokens, self.vocab_size)
         # Tokens added to the tokenizer alone do no harm unless a text holds them.
         self._knows_more = tokens > self.vocab_size
-        if tokenizer.get_vocab_size(with_added_tokens=False) > self.vocab_size:
-            raise ModelNotSupported(
-                f"The tokenizer knows {tokens} tokens and the model {self.vocab_size}: they don't "
-                "belong together."
-            )
+        ids = tokenizer.get_vocab(with_added_tokens=False).values()
+        if max(ids, default=0) >= self.vocab_size:
+            raise _apart(tokens, self.vocab_size)
         self._cut_pattern = cut_pattern(tokenizer)
         self._prefix, self._suffix = _special_tokens(tokenizer) if add_special_tokens else ([], [])
+        for token in (*self._prefix, *self._suffix):
+            if token >= self.vocab_size:
+                raise ModelNotSupported(
+                    f"The tokenizer puts the token {token} around every text, and the model knows "
+                    f"{self.vocab_size}: they don't belong together."
+                )
         self._special_ids = frozenset(self._suffix if special_ids is None else special_ids)
         if len(self._prefix) + len(self._suffix) >= max_tokens:
             raise ModelNotSupported(
@@ -264,6 +275,12 @@ def _special_tokens(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[in
             "The tokenizer's post-processor drops or repeats texts, which is not supported."
         )
     return probe.ids[: content[0]], probe.ids[content[0] + 1 :]
+
+
+def _apart(tokens: int, rows: int) -> ModelNotSupported:
+    return ModelNotSupported(
+        f"The tokenizer knows {tokens} tokens and the model {rows}: they don't belong together."
+    )
 
 
 def _text(index: int, value: Input) -> str:

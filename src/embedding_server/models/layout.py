@@ -142,7 +142,14 @@ def _default_modules(folder: Path) -> list[Module]:
 def _inside(folder: Path, relative: str, source: Path) -> Path:
     """``folder / relative``, refused if it leads out of the folder."""
     path = folder / relative
-    if "\0" in relative or not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+        path.exists()
+    except (OSError, ValueError):  # no path at all: too long, or with a NUL
+        raise ModelNotSupported(
+            f"{source} names the path {relative[:100]!r}, which is none."
+        ) from None
+    if not inside:
         raise ModelNotSupported(
             f"{source} names the path {relative!r}, outside the model's folder."
         )
@@ -150,6 +157,11 @@ def _inside(folder: Path, relative: str, source: Path) -> Path:
 
 
 def _check_weights(transformer: Path) -> None:
+    if (transformer / "adapter_config.json").is_file():
+        raise ModelNotSupported(
+            f"{transformer / 'adapter_config.json'}: an adapter changes another model's weights. "
+            "Merge the two (merge_and_unload of peft) and save the result."
+        )
     names = ("model.safetensors", "model.safetensors.index.json")
     if any((transformer / name).is_file() for name in names):
         return

@@ -21,6 +21,7 @@ from embedding_server.engine.tokenizer import Tokenizer
 from embedding_server.errors import ConfigurationError, ModelNotSupported
 from embedding_server.models.catalog import CATALOG, CatalogModel
 from embedding_server.models.hub import LocatedModel, sha256_of
+from embedding_server.models.json_files import read_text
 from embedding_server.models.layout import Layout, read_layout
 from embedding_server.models.spec import ModelSpec
 from embedding_server.models.tokenizers import load_static_tokenizer, load_tokenizer
@@ -157,7 +158,7 @@ def _candidates(folder: Path, options: LoadOptions) -> Iterator[tuple[str, str]]
 
 def _is_static(folder: Path) -> bool:
     modules = folder / "modules.json"
-    return modules.is_file() and b".StaticEmbedding" in modules.read_bytes()
+    return modules.is_file() and ".StaticEmbedding" in read_text(modules)
 
 
 def _torch_installed() -> bool:

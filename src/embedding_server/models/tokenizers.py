@@ -341,7 +341,14 @@ def _end(
     index = made.token_to_id(str(named[key])) if key in named else None
     if index is None:
         raise files.wrong(key, files.settings.get(key))
-    return str(named[key]), index
+    content = str(named[key])
+    listed = {str(token) for token in files.added}
+    if content not in listed and files.backend.token_to_id(content) is None:
+        raise ModelNotSupported(
+            f"{files.path} lacks the token {content!r}, which stands around every text: it is of "
+            "another model."
+        )
+    return content, index
 
 
 # ----------------------------------------------------------------------------------- normalisers

@@ -13,6 +13,7 @@ from embedding_server.api.body import Body
 from embedding_server.api.deadline import within_deadline
 from embedding_server.api.documentation import errors, json_body
 from embedding_server.api.encoding import encode_embeddings
+from embedding_server.api.extent import check_extent
 from embedding_server.api.middleware import Endpoint
 from embedding_server.api.record import record_of
 from embedding_server.api.schemas import (
@@ -23,6 +24,7 @@ from embedding_server.api.schemas import (
     Schema,
     parse,
 )
+from embedding_server.engine.engine import CHARACTERS_PER_TOKEN
 from embedding_server.engine.parameters import EmbedParams
 from embedding_server.errors import InvalidRequest
 from embedding_server.models.registry import Registry
@@ -93,7 +95,7 @@ DIRECT: Mapping[tuple[str, str], Endpoint] = {
 async def _embeddings(request: Request) -> Response:
     body = Body(request.app.state.bodies)
     try:
-        query = await _parse(EmbeddingsRequest, await body.read(request))
+        query = await _parse(EmbeddingsRequest, await body.read(request), request)
         params = EmbedParams(
             dimensions=query.dimensions,
             input_type=query.input_type,
@@ -110,17 +112,24 @@ async def _embeddings(request: Request) -> Response:
 async def _openai_embeddings(request: Request) -> Response:
     body = Body(request.app.state.bodies)
     try:
-        query = await _parse(OpenAIEmbeddingsRequest, await body.read(request))
+        query = await _parse(OpenAIEmbeddingsRequest, await body.read(request), request)
         return await _answer(request, query, EmbedParams(dimensions=query.dimensions), openai=True)
     finally:
         body.close()
 
 
-async def _parse(schema: type[Schema], body: bytes) -> Schema:
+async def _parse(schema: type[Schema], body: bytes, request: Request) -> Schema:
     """Out of the event loop where it takes long; health must be answered meanwhile."""
     if len(body) <= _INLINE_BYTES:
         return parse(schema, body)
-    return await asyncio.to_thread(parse, schema, body)
+    settings: Settings = request.app.state.settings
+
+    def parse_large() -> Schema:
+        ids = settings.max_request_tokens * CHARACTERS_PER_TOKEN
+        check_extent(body, inputs=settings.max_client_batch_size, ids=ids)
+        return parse(schema, body)
+
+    return await asyncio.to_thread(parse_large)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

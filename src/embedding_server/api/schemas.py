@@ -255,6 +255,10 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
         raise InvalidRequest(f"The body must be a JSON object, not {_json_type(value)}.")
+    if len(value) > len(schema.model_fields):  # a million of them take pydantic seconds, and GBs
+        raise _unknown_field(
+            schema, next(name for name in value if name not in schema.model_fields)
+        )
     try:
         request = schema.model_validate(value)
     except ValidationError as error:
@@ -286,14 +290,18 @@ def _explain(schema: type[_Request], error: ValidationError) -> InvalidRequest:
     # An unknown field first: it is often what a missing one was meant to be.
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
     problem = (unknown or problems)[0]
-    field = str(problem["loc"][0])[:100]  # an unknown one may be as long as the body
+    field = str(problem["loc"][0])
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(schema.model_fields)
-        return InvalidRequest(
-            f"There is no field {field!r} here; there are: {known}.",
-            param=field,
-            code="unknown_field",
-        )
+        return _unknown_field(schema, field)
     if problem["type"] == "missing":
         return InvalidRequest(f"The field {field!r} is required.", param=field)
     return InvalidRequest(f"{field!r}: {problem['msg']}.", param=field)
+
+
+def _unknown_field(schema: type[_Request], name: str) -> InvalidRequest:
+    field = name[:100]  # it may be as long as the body
+    return InvalidRequest(
+        f"There is no field {field!r} here; there are: {', '.join(schema.model_fields)}.",
+        param=field,
+        code="unknown_field",
+    )

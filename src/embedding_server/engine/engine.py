@@ -25,15 +25,15 @@ from embedding_server.engine.tokenizer import Input, Tokenizer
 from embedding_server.errors import InvalidRequest, NotReady, Overloaded
 from embedding_server.telemetry import ModelMetrics
 
-__all__ = ["Embeddings", "Engine", "Limits"]
+__all__ = ["CHARACTERS_PER_TOKEN", "Embeddings", "Engine", "Limits"]
 
 # Up to here tokenising takes about a millisecond, less than handing it to a thread and the
 # noise that adds; past it the event loop would be kept from other requests.
 _INLINE_CHARACTERS = 4096
 
-# Tokenising takes memory by the character, before tokens can be counted: some ten times what a
-# text of so many tokens has in most languages is enough for all.
-_CHARACTERS_PER_TOKEN = 10
+CHARACTERS_PER_TOKEN = 10
+"""How many characters a request may have for each token: tokenising takes time by the character,
+before tokens can be counted. In most languages a token has some four."""
 
 _INLINE_VALUES = 32 * 1024
 
@@ -153,7 +153,7 @@ class Engine:
         # What has no length is no input, and for the tokenizer to refuse.
         characters = sum(len(value) for value in inputs if isinstance(value, Sized))
         characters += len(inputs) * len(prompt)
-        allowed = self._limits.max_request_tokens * _CHARACTERS_PER_TOKEN
+        allowed = self._limits.max_request_tokens * CHARACTERS_PER_TOKEN
         if characters > allowed:
             raise InvalidRequest(
                 f"The request has {characters} characters in {len(inputs)} inputs; at most "

@@ -19,7 +19,7 @@ from h2.events import DataReceived, RequestReceived
 from hypercorn.asyncio import serve
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
-from hypercorn.events import Event
+from hypercorn.events import Closed, Event
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from starlette.types import ASGIApp
@@ -125,6 +125,11 @@ class _Http1(H11Protocol):
 
     async def _create_stream(self, request: h11.Request) -> None:
         assert isinstance(self.connection, h11.Connection)
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in request.headers}:
+            # A proxy may believe the other one, and take the rest for a request of its own.
+            await self._send_error_response(400)
+            await self.send(Closed())
+            return
         offers = self.connection._cstate.pending_switch_proposals
         if offers:
             # HTTP/2 would have been taken by now. As long as h11 waits for an answer to an offer,

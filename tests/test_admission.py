@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -33,13 +34,14 @@ def embed(server: LiveServer, *, padding: int = 0, chunked: bool = False) -> htt
     return httpx.post(url, content=content, headers=headers, timeout=60)
 
 
-def half_sent(stack: ExitStack, server: LiveServer, size: int) -> None:
+def half_sent(stack: ExitStack, server: LiveServer, size: int) -> socket.socket:
     """Send the head of a body of the largest size, and ``size`` bytes of it."""
     connection = stack.enter_context(connect(server.url))
     connection.sendall(
         b"POST /v1/embeddings HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
         b"Content-Length: %d\r\n\r\n%b" % (LIMIT, b" " * size)
     )
+    return connection
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["with-length", "chunked"])
@@ -55,6 +57,8 @@ def test_bodies_past_what_memory_holds_are_refused(server: LiveServer, chunked: 
         refused = large()
         assert error_of(refused, 429)["code"] == "overloaded"
         assert int(refused.headers["retry-after"]) >= 1
+        announced = half_sent(clients, server, 0)
+        assert announced.recv(20).startswith(b"HTTP/1.1 429"), "before any of it is sent"
         assert embed(server).status_code == 200, "a short one needs no room"
         assert httpx.get(f"{server.url}/health/ready").status_code == 200
     until(lambda: large().status_code == 200)

@@ -742,6 +742,14 @@ def test_what_nobody_wants_any_more_is_not_tried_again() -> None:
         await first
         retried = [sequence for batch in bench.backend.batches[2:] for sequence in batch]
         assert sorted(retried) == [[3, 3], [4, 4]]
+        bench.executor.held = True
+        last = bench.send(f"5 {LARGE}", f"6 {LARGE}")
+        await settle()
+        last.cancel()
+        await settle()
+        bench.executor.step()
+        await settle()
+        assert bench.cores.free == 1
 
     run_on(bench, scenario)
 
@@ -803,8 +811,10 @@ def test_nothing_waits_for_cores_that_hang(exclusive: bool) -> None:
             with pytest.raises(InferenceTimedOut):
                 await task
         assert bench.scheduler.tokens == len(bench.scheduler) == 0
+        tokenised = len(bench.tokenizer.prompts)
         with pytest.raises(InferenceTimedOut):
             await bench.send("1")
+        assert len(bench.tokenizer.prompts) == tokenised, "refused before any work"
         assert bench.engine.ready, "the loop lives on"
         for _ in range(1 if exclusive else 2):
             bench.executor.step()

@@ -201,7 +201,7 @@ def test_workers() -> None:
             assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 200
             answered += 1
 
-        while not (used(server, first) and used(server, second)):
+        while not (used(server, 1) and used(server, 2)):
             embed()
         assert embedded(httpx.get(f"{server.url}/metrics").text) == answered
         os.kill(first, signal.SIGKILL)
@@ -225,7 +225,7 @@ def test_workers() -> None:
 
 def used(server: LiveServer, worker: int) -> bool:
     """Whether ``worker`` has answered a request: it then has metrics of its own."""
-    environ = Path(f"/proc/{worker}/environ").read_bytes().split(b"\0")
+    environ = Path(f"/proc/{workers_of(server)[0]}/environ").read_bytes().split(b"\0")
     (folder,) = (
         line.partition(b"=")[2].decode()
         for line in environ

@@ -6,9 +6,9 @@ import asyncio
 import gc
 import logging
 import os
-import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable
 
 from embedding_server.app import create_app
@@ -94,10 +94,10 @@ class Service:
                 logger.error("The old TLS files stay in use. %s", error)
 
     def _start(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end, number)
-        if hasattr(signal, "SIGHUP"):
+        if sys.platform != "win32":  # whose loops know no signals
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._end, number)
             loop.add_signal_handler(signal.SIGHUP, self.reload)
         self._on_start()
 
@@ -123,5 +123,9 @@ class Service:
 
 def _allow_many_connections() -> None:
     """Each takes a file descriptor; the soft limit is often a thousand and may be raised."""
+    if sys.platform == "win32":
+        return
+    import resource
+
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

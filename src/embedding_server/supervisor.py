@@ -60,9 +60,14 @@ class _State:
 
 
 class Supervisor:
-    """Starts ``settings.workers`` processes that accept from one socket, and minds them."""
+    """Starts ``settings.workers`` processes that accept from one socket, and minds them.
+
+    Raises ConfigurationError on Windows.
+    """
 
     def __init__(self, settings: Settings) -> None:
+        if sys.platform == "win32":
+            raise ConfigurationError("--workers can't be had on Windows: leave it out.")
         self._settings = settings
         self._workers = [_Worker(number) for number in range(1, settings.workers + 1)]
         self._state = _State()
@@ -129,7 +134,8 @@ class Supervisor:
         with theirs:
             descriptors = (listener.fileno(), theirs.fileno())
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "embedding_server.worker", *map(str, descriptors)),
+                *(sys.executable, "-m", "embedding_server.worker"),
+                *(str(number) for number in (worker.number, *descriptors)),
                 stdin=PIPE,
                 pass_fds=descriptors,
                 env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(metrics)},
@@ -150,7 +156,7 @@ class Supervisor:
             steady.cancel()
             worker.process = None
             worker.control.close()
-            _forget_metrics(process.pid, metrics)
+            _forget_gauges(worker, metrics)
 
     def _hear(self, worker: _Worker, line: str) -> None:
         what, _, message = line.partition(" ")
@@ -196,11 +202,11 @@ class Supervisor:
             worker.command(f"siblings {json.dumps(told)}")
 
 
+def _forget_gauges(worker: _Worker, metrics: Path) -> None:
+    """What it had in hand is gone; what it has counted stays, and its successor goes on."""
+    for file in metrics.glob(f"gauge_live*_{worker.number}.db"):
+        file.unlink(missing_ok=True)
+
+
 def _told(code: int) -> str:
     return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-
-
-def _forget_metrics(pid: int, folder: Path) -> None:
-    """Gauges of a process that has ended count no longer; its counters do."""
-    for file in folder.glob(f"gauge_live*_{pid}.db"):
-        file.unlink(missing_ok=True)

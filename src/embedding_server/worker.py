@@ -1,10 +1,10 @@
 """A process of ``--workers``: serves, and does what its supervisor says.
 
-Run as ``python -m embedding_server.worker LISTENER CONTROL``, two file descriptors: the listening
-socket, and a socket to the supervisor. The settings come by standard input, pickled. By the
-control socket comes a command a line: ``drain``, ``reload``, and ``siblings`` with what readiness
-should say of them, as JSON; back go ``ready``, or ``failed`` with a message. Its end means that
-the supervisor has gone.
+Run as ``python -m embedding_server.worker NUMBER LISTENER CONTROL``, the last two file descriptors:
+the listening socket, and a socket to the supervisor. The settings come by standard input, pickled.
+By the control socket comes a command a line: ``drain``, ``reload``, and ``siblings`` with what
+readiness should say of them, as JSON; back go ``ready``, or ``failed`` with a message. Its end
+means that the supervisor has gone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import logging
 import pickle
 import socket
 import sys
+
+from prometheus_client import values
 
 from embedding_server.errors import EmbeddingServerError
 from embedding_server.logs import set_up_logging
@@ -27,8 +29,12 @@ __all__ = ["main"]
 logger = logging.getLogger(__name__)
 
 
-def main(listener_descriptor: int, control_descriptor: int) -> int:
+def main(number: int, listener_descriptor: int, control_descriptor: int) -> int:
     """Serve until told to stop; the exit code."""
+    # Files of metrics are named by it, and not by a process that comes and goes.
+    values.ValueClass = values.MultiProcessValue(  # type: ignore[no-untyped-call]
+        process_identifier=lambda: number
+    )
     control = socket.socket(fileno=control_descriptor)
     settings = Settings.model_construct(**pickle.load(sys.stdin.buffer))  # noqa: S301 - our parent's
     set_up_logging(settings.log_format, settings.log_level)
@@ -80,4 +86,4 @@ def _tell(control: socket.socket, line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(*map(int, sys.argv[1:])))

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from embedding_server.api.schemas import EmbeddingsRequest, ErrorResponse, OpenAIEmbeddingsRequest
+from embedding_server.settings import Settings
 
 __all__ = ["ERROR_REASONS", "errors", "json_body", "use_own_openapi"]
 
@@ -116,6 +117,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
         schemas.pop(name, None)
     for schema in (EmbeddingsRequest, OpenAIEmbeddingsRequest):
         schemas[schema.__name__] = schema.model_json_schema()
+    settings: Settings = app.state.settings
+    keyed = bool(settings.api_key or settings.api_key_file)
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():
         for operation in operations.values():
@@ -125,5 +128,5 @@ def _document(app: FastAPI) -> dict[str, Any]:
             for response in operation["responses"].values():
                 response.setdefault("headers", {}).update(_REQUEST_ID)
             if not path.startswith("/health"):
-                operation["security"] = [{}, {"key": []}]
+                operation["security"] = [{"key": []}] if keyed else [{}, {"key": []}]
     return document

@@ -315,7 +315,7 @@ def test_a_query_passes_a_large_job() -> None:
     async def scenario() -> None:
         bench.executor.held = True
         job = bench.send(*[f"{number} " + "5 " * 39 for number in range(500)])
-        while not bench.scheduler.tokens:  # it is tokenised in a thread
+        while not bench.scheduler.tokens:  # noqa: ASYNC110 - it is tokenised in a thread
             await asyncio.sleep(0.001)
         await settle()
         query = bench.send("1 2")

@@ -91,7 +91,7 @@ def test_the_whole_document(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_document_for_longer(tmp_path: Path) -> None:
-    check(tmp_path, 5000, 40_000)
+    check(tmp_path, 1500, 15_000)
 
 
 def test_it_finds_what_is_untrue(server: LiveServer, tmp_path: Path) -> None:

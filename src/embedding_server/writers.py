@@ -122,7 +122,13 @@ class _Parquet:
 
 @contextmanager
 def _standard_output() -> Iterator[Writer]:
-    yield _JsonLines(sys.stdout.buffer)
+    try:
+        yield _JsonLines(sys.stdout.buffer)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        error.filename = error.filename or "standard output"
+        raise
 
 
 @contextmanager
@@ -156,6 +162,9 @@ def _whole_file(path: Path) -> Iterator[BinaryIO]:
         with part.open("wb") as stream:
             yield stream
         part.replace(path)
+    except OSError as error:  # of a full disk it says no name
+        error.filename = error.filename or str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 

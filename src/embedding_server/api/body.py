@@ -114,7 +114,8 @@ class Body:
         return body
 
     async def _read(self, request: Request) -> bytes:
-        headers: dict[bytes, bytes] = dict(request.scope["headers"])
+        # Of two equal ones the first, as everywhere.
+        headers: dict[bytes, bytes] = dict(reversed(request.scope["headers"]))
         _check_type(headers)
         limit = self._bodies.max_body_bytes
         announced = _announced(headers)

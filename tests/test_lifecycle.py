@@ -135,6 +135,38 @@ def test_a_second_signal_ends_it_now(
         assert "told twice to end" in server.log
 
 
+# ------------------------------------------------------------------------------------------ SIGHUP
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_keys_are_read_again(tmp_path: Path, workers: str) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("first\n")
+    keys.chmod(0o600)
+    with running_server(
+        *("--model", MODEL, "--api-key-file", str(keys), "--workers", workers)
+    ) as server:
+
+        def lets_in(key: str) -> bool:
+            """As often as it takes for each worker to be asked."""
+            headers = {"authorization": f"Bearer {key}"}
+            statuses = {
+                httpx.get(f"{server.url}/v1/models", headers=headers).status_code for _ in range(10)
+            }
+            return statuses == {200}
+
+        until(lambda: lets_in("first"))
+        keys.write_text("second\n")
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: lets_in("second"))
+        assert not lets_in("first")
+        keys.write_text("\n")
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "The API keys stay as they were" in server.log)
+        assert lets_in("second")
+        assert server.stop() == 0
+
+
 # ------------------------------------------------------------------------------------ Unix sockets
 
 

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
+from fake_backends import Blocked
 from live import LiveServer, running_server
 from numpy.typing import NDArray
+
+from embedding_server.backends.base import BACKENDS
 
 GOLDEN = Path(__file__).parent / "data" / "all-MiniLM-L6-v2.npz"
 
@@ -25,3 +29,18 @@ def golden() -> tuple[list[str], NDArray[np.float32]]:
     """141 texts and what sentence-transformers makes of them, float32 [141, 384]."""
     with np.load(GOLDEN) as data:
         return [str(text) for text in data["texts"]], data["embeddings"]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a BERT that is small enough to be loaded anew for a test, named tiny."""
+    return tiny_models.make_bert(tmp_path_factory.mktemp("models") / "tiny").folder
+
+
+@pytest.fixture
+def blocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Blocked]]:
+    """A backend in the place of onnx that loads, and computes once it is released."""
+    monkeypatch.setitem(BACKENDS, "onnx", f"fake_backends:{Blocked.__name__}")
+    Blocked.reset(load=True)
+    yield Blocked
+    Blocked.release()

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 import httpx
 
 START_SECONDS = 60.0
+
+_MODEL = "all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
@@ -113,3 +116,16 @@ def _wait_until_ready(server: LiveServer) -> None:
             pass
         time.sleep(0.05)
     raise RuntimeError(f"the server did not get ready:\n{server.log}")
+
+
+@contextmanager
+def under_way(server: LiveServer, seconds: float = 60) -> Iterator[Future[httpx.Response]]:
+    """A request that a server of the real model takes a while for, and has begun."""
+    body = {"model": _MODEL, "input": [f"{number} " + "a long text " * 60 for number in range(60)]}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(httpx.post, f"{server.url}/v1/embeddings", json=body, timeout=seconds)
+        taken = f'embedding_server_queue_requests{{model="{_MODEL}"}} 1.0'
+        while taken not in httpx.get(f"{server.url}/metrics").text:
+            assert not answer.done(), "the request was over before it was seen"
+            time.sleep(0.005)
+        yield answer

@@ -35,3 +35,24 @@ def parse(answer: bytes) -> httpx.Response:
         headers=[(name, value) for name, value in headers],
         content=content,
     )
+
+
+HEALTH = b"GET /health/ready HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+def ask(connection: socket.socket, request: bytes = HEALTH) -> httpx.Response:
+    """One request and its answer on a kept connection."""
+    connection.sendall(request)
+    received = b""
+    while b"\r\n\r\n" not in received:
+        chunk = connection.recv(65536)
+        assert chunk, received
+        received += chunk
+    answer = parse(received)
+    missing = int(answer.headers["content-length"]) - len(answer.content)
+    while missing > 0:
+        chunk = connection.recv(65536)
+        assert chunk, received
+        received += chunk
+        missing -= len(chunk)
+    return parse(received)

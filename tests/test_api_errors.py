@@ -87,11 +87,6 @@ def guarded_client(guarded: LiveServer) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.make_bert(tmp_path_factory.mktemp("models") / "tiny").folder
-
-
 @pytest.fixture
 def use_backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts one of ``fake_backends`` in the place of onnx."""

@@ -10,7 +10,6 @@ from pathlib import Path
 import httpx
 import pytest
 import raw_http
-import tiny_models
 from error_shape import error_of
 from in_process import InProcessServer, serving, until
 from live import run_cli
@@ -173,11 +172,6 @@ def test_an_empty_key_in_the_settings_file_opens_nothing(tmp_path: Path) -> None
 
 
 # ------------------------------------------------------------------------------------ over the wire
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.make_bert(tmp_path_factory.mktemp("models") / "tiny").folder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 import httpx
 import pytest
 import raw_http
-import tiny_models
 from error_shape import error_of
 from fake_backends import Blocked
 from in_process import InProcessServer, serving, until
@@ -28,11 +27,6 @@ PREFLIGHT = {
     "access-control-request-headers": "authorization,content-type,x-request-id,x-request-timeout",
 }
 EMBED = {"model": "tiny", "input": "river"}
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.make_bert(tmp_path_factory.mktemp("models") / "tiny").folder
 
 
 @pytest.fixture(scope="module", params=SERVERS)

@@ -10,14 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fake_backends
 import h2.config
 import h2.connection
 import h2.events
 import httpx
 import numpy as np
 import pytest
-import tiny_models
 from error_shape import error_of
 from fake_backends import Blocked
 from in_process import serving, until
@@ -25,7 +23,6 @@ from live import LiveServer, run_cli, running_server
 from numpy.typing import NDArray
 from raw_http import connect, exchange, parse
 
-from embedding_server.backends.base import BACKENDS
 from embedding_server.servers.base import SERVERS
 from embedding_server.settings import rows
 
@@ -60,20 +57,6 @@ def client(live: LiveServer) -> Iterator[httpx.Client]:
 def hypercorn() -> Iterator[LiveServer]:
     with start("hypercorn") as live:
         yield live
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.make_bert(tmp_path_factory.mktemp("models") / "tiny").folder
-
-
-@pytest.fixture
-def blocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Blocked]]:
-    """A backend that loads, and computes once it is released."""
-    monkeypatch.setitem(BACKENDS, "onnx", f"fake_backends:{fake_backends.Blocked.__name__}")
-    Blocked.reset(load=True)
-    yield Blocked
-    Blocked.release()
 
 
 def embed(client: httpx.Client, input: Any, model: str = MODEL) -> httpx.Response:

@@ -1,0 +1,140 @@
+"""Several processes behind one port, and who minds them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import httpx
+import pytest
+from in_process import until
+from live import LiveServer, run_cli, running_server, under_way
+
+MODEL = "all-MiniLM-L6-v2"
+
+
+def workers_of(server: LiveServer) -> list[int]:
+    """The processes of its workers, in the order of their start."""
+    pid = server.process.pid
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def embedded(text: str) -> int:
+    """How many requests for embeddings /metrics has counted."""
+    return sum(
+        int(float(line.rpartition(" ")[2]))
+        for line in text.splitlines()
+        if line.startswith("embedding_server_requests_total{")
+        and 'route="/v1/embeddings"' in line
+        and 'status="200"' in line
+    )
+
+
+def test_workers() -> None:
+    """They share the port and add up their metrics; a killed one is replaced meanwhile."""
+    body = {"model": MODEL, "input": "iPhone"}
+    answered = 0
+    with running_server("--model", MODEL, "--workers", "2") as server:
+        until(lambda: server.log.count("is ready (process") == 2)
+        first, second = workers_of(server)
+
+        def embed() -> None:
+            nonlocal answered
+            assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 200
+            answered += 1
+
+        while not (used(server, 1) and used(server, 2)):
+            embed()
+        assert embedded(httpx.get(f"{server.url}/metrics").text) == answered
+        os.kill(first, signal.SIGKILL)
+        until(lambda: "worker 1 ended with SIGKILL" in server.log)
+        for _ in range(5):
+            embed()
+        until(lambda: server.log.count("is ready (process") == 3)
+        assert second in workers_of(server)
+        text = httpx.get(f"{server.url}/metrics").text
+        assert embedded(text) == answered
+        assert 'queue_requests{model="all-MiniLM-L6-v2"} 0.0' in text
+        assert "embedding_server_requests_in_flight 1.0" in text
+        workers = workers_of(server)
+        with under_way(server) as answer:
+            server.process.send_signal(signal.SIGTERM)
+            assert answer.result().status_code == 200
+        assert server.process.wait(20) == 0
+        assert "Traceback" not in server.log
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def used(server: LiveServer, worker: int) -> bool:
+    """Whether ``worker`` has answered a request: it then has metrics of its own."""
+    environ = Path(f"/proc/{workers_of(server)[0]}/environ").read_bytes().split(b"\0")
+    (folder,) = (
+        line.partition(b"=")[2].decode()
+        for line in environ
+        if line.startswith(b"PROMETHEUS_MULTIPROC_DIR=")
+    )
+    file = Path(folder) / f"counter_{worker}.db"
+    return file.exists() and b"/v1/embeddings" in file.read_bytes()
+
+
+def test_a_crash_loop_is_seen_in_readiness() -> None:
+    with running_server("--model", MODEL, "--workers", "2") as server:
+        until(lambda: server.log.count("is ready (process") == 2)
+        _, kept = workers_of(server)
+        for count in range(1, 4):
+            until(lambda: len(workers_of(server)) == 2)
+            (victim,) = set(workers_of(server)) - {kept}
+            os.kill(victim, signal.SIGKILL)
+            until(lambda count=count: server.log.count("ended with SIGKILL") == count)  # type: ignore[misc]
+        waits = [
+            line.rpartition("again in ")[2] for line in server.log.splitlines() if "SIGKILL" in line
+        ]
+        assert waits == ["0.5 s", "1 s", "2 s"]
+
+        def told() -> bool:
+            response = httpx.get(f"{server.url}/health/ready")
+            return response.status_code == 503 and "3 times in a row" in response.text
+
+        until(told)
+        body = {"model": MODEL, "input": "iPhone"}
+        assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 200
+        assert server.stop() == 0
+
+
+def test_workers_that_can_not_start(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    done = run_cli("serve", "--port", "0", "--workers", "2", "--model", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.count(b"embedding-server: ") == 1
+    assert b"Traceback" not in done.stderr
+
+
+def test_workers_do_not_outlive_their_supervisor() -> None:
+    with running_server("--model", MODEL, "--workers", "2") as server:
+        until(lambda: server.log.count("is ready (process") == 2)
+        workers = workers_of(server)
+        server.process.kill()
+        server.process.wait()
+        until(lambda: not any(_running(pid) for pid in workers))
+
+
+def _running(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_a_second_signal_ends_workers_now() -> None:
+    with running_server("--model", MODEL, "--workers", "2") as server:
+        until(lambda: server.log.count("is ready (process") == 2)
+        workers = workers_of(server)
+        with under_way(server) as answer:
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: "draining" in server.log)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(20) == 128 + signal.SIGTERM
+            until(lambda: not any(_running(pid) for pid in workers))
+            with pytest.raises(httpx.TransportError):
+                answer.result()

@@ -99,6 +99,7 @@ def test_a_crash_loop_is_seen_in_readiness() -> None:
         until(told)
         body = {"model": MODEL, "input": "iPhone"}
         assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 200
+        until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 200)
         assert server.stop() == 0
 
 

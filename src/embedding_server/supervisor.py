@@ -23,8 +23,8 @@ __all__ = ["Supervisor"]
 
 logger = logging.getLogger(__name__)
 
-# A worker that lived this long doesn't keep ending.
-_STEADY_SECONDS = 30.0
+# A worker that has been ready for so long doesn't keep ending.
+_STEADY_SECONDS = 20.0
 
 # Waits before a worker that keeps ending is started again: doubled each time.
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
@@ -43,6 +43,7 @@ class _Worker:
     """In a row, none of which came late."""
     process: Process | None = None
     control: asyncio.StreamWriter | None = None
+    steady: asyncio.TimerHandle | None = None
 
     def command(self, line: str) -> None:
         if self.control is not None and not self.control.is_closing():
@@ -146,14 +147,14 @@ class Supervisor:
         process.stdin.write(pickle.dumps(dict(self._settings)))
         process.stdin.close()
         self._tell_siblings()
-        steady = asyncio.get_running_loop().call_later(_STEADY_SECONDS, self._steady, worker)
         try:
             with contextlib.suppress(ConnectionError):  # it was killed
                 async for line in reader:
                     self._hear(worker, line.decode().strip())
             return await process.wait()
         finally:
-            steady.cancel()
+            if worker.steady is not None:
+                worker.steady.cancel()
             worker.process = None
             worker.control.close()
             _forget_gauges(worker, metrics)
@@ -163,6 +164,8 @@ class Supervisor:
         if what == "ready":
             self._state.was_ready = True
             assert worker.process is not None
+            loop = asyncio.get_running_loop()
+            worker.steady = loop.call_later(_STEADY_SECONDS, self._steady, worker)
             logger.info("worker %d is ready (process %d)", worker.number, worker.process.pid)
         elif what == "failed":
             self._state.failure = json.loads(message)

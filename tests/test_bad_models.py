@@ -21,9 +21,16 @@ from onnx import TensorProto, helper
 from safetensors.numpy import load_file, save_file
 from test_cli_models import sentence
 from test_loading import put_in_cache
+from tokenizers import Tokenizer as RawTokenizer
 
 from embedding_server import Embedder
-from embedding_server.errors import InvalidRequest, ModelNotSupported, ModelUnavailable
+from embedding_server.engine.tokenizer import Tokenizer
+from embedding_server.errors import (
+    InferenceFailed,
+    InvalidRequest,
+    ModelNotSupported,
+    ModelUnavailable,
+)
 
 Change = Callable[[Path], object]
 WEIGHTS = "model.safetensors"
@@ -450,6 +457,42 @@ def test_a_vocabulary_without_a_special_token(token: str, folder: Path) -> None:
 def test_ids_with_a_gap(folder: Path) -> None:
     with_vocabulary(folder, lambda vocab: vocab.update(river=10**6))
     assert "don't belong together" in refusal(folder)
+
+
+def as_it_is(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change tokenizer.json of a class that is not built anew."""
+    tokenizer = read(folder / "tokenizer.json")
+    change(tokenizer)
+    write(folder / "tokenizer.json", tokenizer)
+    in_json("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")(folder)
+
+
+PANICS: Mapping[str, Callable[[dict[str, Any]], object]] = {
+    "no-unknown-token": lambda file: file["model"].update(unk_token="[NONE]"),
+    "an-end-that-is-not-listed": lambda file: file["post_processor"]["special_tokens"].clear(),
+    "a-map-of-characters-that-is-none": lambda file: file.update(
+        normalizer={"type": "Precompiled", "precompiled_charsmap": 7}
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PANICS)
+def test_what_makes_the_tokenizers_library_fail(what: str, folder: Path) -> None:
+    """Some by a panic of Rust's, which is no Exception in Python."""
+    as_it_is(folder, PANICS[what])
+    assert "tokenizer" in refusal(folder)
+
+
+def test_a_panic_while_it_is_served(folder: Path) -> None:
+    """It fails that request, as any fault of the model does."""
+    content = read(folder / "tokenizer.json")
+    PANICS["an-end-that-is-not-listed"](content)
+    with Embedder(str(folder), backend="onnx") as embedder:
+        tokenizer = Tokenizer(RawTokenizer.from_file(str(folder / "tokenizer.json")), max_tokens=9)
+        tokenizer._tokenizer = RawTokenizer.from_str(json.dumps(content))
+        with pytest.raises(InferenceFailed):
+            tokenizer.encode(["a text"])
+        assert embedder.embed(["a text"]).shape == (1, 24)
 
 
 # -------------------------------------------------------------------------------- code and links

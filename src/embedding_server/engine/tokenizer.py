@@ -13,9 +13,14 @@ from tokenizers import models
 
 from embedding_server.engine.batch import Encoding
 from embedding_server.engine.cuts import cut_pattern, pieces
-from embedding_server.errors import ContextLengthExceeded, InvalidRequest, ModelNotSupported
+from embedding_server.errors import (
+    ContextLengthExceeded,
+    InferenceFailed,
+    InvalidRequest,
+    ModelNotSupported,
+)
 
-__all__ = ["Input", "Tokenizer"]
+__all__ = ["Input", "Tokenizer", "is_panic"]
 
 _PART_CHARACTERS = 64 * 1024
 """Tokenised at a time: an Encoding takes some 500 bytes a character while it lives."""
@@ -85,7 +90,17 @@ class Tokenizer:
         if max(ids, default=0) >= self.vocab_size:
             raise _apart(tokens, self.vocab_size)
         self._cut_pattern = cut_pattern(tokenizer)
-        self._prefix, self._suffix = _special_tokens(tokenizer) if add_special_tokens else ([], [])
+        try:
+            ends = _special_tokens(tokenizer) if add_special_tokens else ([], [])
+            # What no vocabulary holds, so that one without an unknown token is found now.
+            tokenizer.encode_batch_fast(["a \U0010ffff"], add_special_tokens=add_special_tokens)
+        except ModelNotSupported:
+            raise
+        except BaseException as error:  # tokenizers raises bare Exception, or panics
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
+            raise ModelNotSupported(f"The tokenizer fails on a text: {error}.") from None
+        self._prefix, self._suffix = ends
         for token in (*self._prefix, *self._suffix):
             if token >= self.vocab_size:
                 raise ModelNotSupported(
@@ -159,9 +174,16 @@ class Tokenizer:
         self, texts: list[str], first: int = 0, *, special_tokens: bool = True
     ) -> list[list[int]]:
         """The ids of each; the first text is the request's input number ``first``."""
-        encoded = self._tokenizer.encode_batch_fast(
-            texts, add_special_tokens=self._add_special_tokens and special_tokens
-        )
+        try:
+            encoded = self._tokenizer.encode_batch_fast(
+                texts, add_special_tokens=self._add_special_tokens and special_tokens
+            )
+        except BaseException as error:
+            if is_panic(error):
+                raise InferenceFailed(
+                    "The model's tokenizer failed on this request; the server's log says why."
+                ) from None
+            raise
         sequences = [encoding.ids for encoding in encoded]
         if self._knows_more:
             for index, ids in enumerate(sequences):
@@ -304,6 +326,11 @@ def _mixed(index: int, value: object) -> InvalidRequest:
         param="input",
         index=index,
     )
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether ``error`` tells of a failed assertion in Rust, which is no Exception to Python."""
+    return type(error).__name__ == "PanicException"
 
 
 def _is_unicode(text: str) -> bool:

@@ -17,7 +17,7 @@ from embedding_server.engine.cores import Cores
 from embedding_server.engine.engine import Engine, Limits
 from embedding_server.engine.info import ModelInfo
 from embedding_server.engine.scheduler import Scheduler
-from embedding_server.engine.tokenizer import Tokenizer
+from embedding_server.engine.tokenizer import Tokenizer, is_panic
 from embedding_server.errors import ConfigurationError, ModelNotSupported
 from embedding_server.models.catalog import CATALOG, CatalogModel
 from embedding_server.models.hub import LocatedModel, sha256_of
@@ -119,7 +119,9 @@ def _load(folder: Path, options: LoadOptions) -> tuple[str, str, Layout, Backend
         except ModelNotSupported as refusal:
             refusals.setdefault(str(refusal), []).append(name)
             continue
-        except Exception as error:  # files that lie in a way that nobody foresaw
+        except BaseException as error:  # files that lie in a way that nobody foresaw
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             logger.debug("%s can't be loaded on %s", folder, name, exc_info=True)
             what = " ".join(f"{type(error).__name__}: {error}".split())
             refusals.setdefault(f"{folder} can't be loaded: {what}", []).append(name)

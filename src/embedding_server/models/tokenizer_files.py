@@ -17,6 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from embedding_server.engine.tokenizer import is_panic
 from embedding_server.errors import ModelNotSupported
 from embedding_server.models.json_files import read_object, read_text
 
@@ -141,7 +142,9 @@ def read_backend(path: Path) -> tuple[str, tokenizers.Tokenizer]:
         return text, tokenizers.Tokenizer.from_str(text)
     except ModelNotSupported:
         raise
-    except Exception as error:  # tokenizers raises bare Exception
+    except BaseException as error:  # tokenizers raises bare Exception, or panics
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise ModelNotSupported(f"{path} can't be read as a tokenizer: {error}") from None
 
 

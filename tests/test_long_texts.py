@@ -111,6 +111,27 @@ def test_pieces_have_the_tokens_of_the_whole(tokenizer: Tokenizer, texts: list[s
     assert [encoding.total_tokens for encoding in found] == [len(whole) for whole in wholes]
 
 
+@settings(
+    max_examples=300,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(text=TEXT)
+def test_pieces_have_the_words_of_the_whole(tokenizer: Tokenizer, text: str) -> None:
+    """Of a small vocabulary the tokens may be the same though the words are not."""
+    raw = tokenizer._tokenizer
+
+    def words(part: str) -> list[str]:
+        normal = part if raw.normalizer is None else raw.normalizer.normalize_str(part)
+        return [word for word, _ in raw.pre_tokenizer.pre_tokenize_str(normal)]
+
+    parts = list(pieces(text, cut_pattern(raw), 3))
+    assert "".join(parts) == text
+    assert [word for part in parts for word in words(part)] == words(text)
+
+
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("limit", [8, 40, 100])
 @pytest.mark.parametrize("keep_end", [False, True])

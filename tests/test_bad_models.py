@@ -360,6 +360,16 @@ JSON_VALUES = st.recursive(
 )
 
 
+@pytest.fixture
+def without_warnings() -> Iterator[None]:
+    """Of the models that are taken all the same: some hundreds of lines."""
+    ours = logging.getLogger("embedding_server")
+    level = ours.level
+    ours.setLevel(logging.CRITICAL)
+    yield
+    ours.setLevel(level)
+
+
 @settings(
     max_examples=400,
     deadline=None,
@@ -369,9 +379,10 @@ JSON_VALUES = st.recursive(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
-def test_any_value_anywhere_is_taken_or_refused(data: st.DataObject, sound: Path) -> None:
+def test_any_value_anywhere_is_taken_or_refused(
+    data: st.DataObject, sound: Path, without_warnings: None
+) -> None:
     """No other exception, and what is taken computes."""
-    logging.getLogger("embedding_server").setLevel(logging.CRITICAL)
     name = data.draw(st.sampled_from(JSON_FILES))
     path = sound / name
     original = path.read_text()

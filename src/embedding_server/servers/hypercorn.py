@@ -19,7 +19,7 @@ from h2.events import DataReceived, RequestReceived
 from hypercorn.asyncio import serve
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event
+from hypercorn.events import Closed, Event, Updated
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from starlette.types import ASGIApp
@@ -104,12 +104,14 @@ class _Connection(TCPServer):
         await super().run()
 
     async def protocol_send(self, event: Event) -> None:
+        assert self._task is not None
+        if isinstance(event, Updated) and self._task.cancelling():
+            return  # it ends, and has no idle time any more
         try:
             async with asyncio.timeout(self.config.keep_alive_timeout):
                 await super().protocol_send(event)
         except TimeoutError:
             self.writer.transport.abort()
-            assert self._task is not None
             self._task.cancel()  # it may wait for this answer's end, to read the next request
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
-import onnxruntime
 from ceiling import Ceiling
 from load import LoadFailed, put_load, write_bodies, wrk_program
 from report import (
@@ -36,6 +35,7 @@ from report import (
 from servers import KINDS, MODEL, Peers, Server, ServerFailed, running
 
 import embedding_server
+from embedding_server.backends.runtime import onnxruntime
 from embedding_server.bench.workloads import build_workload, request_bodies
 from embedding_server.settings import available_cores
 

@@ -121,7 +121,7 @@ def _wait_until_ready(server: LiveServer) -> None:
 @contextmanager
 def under_way(server: LiveServer, seconds: float = 60) -> Iterator[Future[httpx.Response]]:
     """A request that a server of the real model takes a while for, and has begun."""
-    body = {"model": _MODEL, "input": [f"{number} " + "a long text " * 60 for number in range(60)]}
+    body = {"model": _MODEL, "input": [f"{number} " + "a long text " * 60 for number in range(100)]}
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(httpx.post, f"{server.url}/v1/embeddings", json=body, timeout=seconds)
         taken = f'embedding_server_queue_requests{{model="{_MODEL}"}} 1.0'
@@ -129,3 +129,9 @@ def under_way(server: LiveServer, seconds: float = 60) -> Iterator[Future[httpx.
             assert not answer.done(), "the request was over before it was seen"
             time.sleep(0.005)
         yield answer
+
+
+def resident_mib(server: LiveServer) -> float:
+    """Memory that the server's process has now."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text(encoding="ascii")
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024

@@ -16,6 +16,7 @@ from live import run_cli
 
 from embedding_server.api.keys import ApiKeys
 from embedding_server.errors import ConfigurationError
+from embedding_server.servers.base import SERVERS
 from embedding_server.settings import load_settings
 
 FIRST, SECOND, GIVEN = "first-4711", "second-4712", "given-4713"
@@ -263,3 +264,16 @@ def test_refusals_are_counted_by_their_route(guarded: InProcessServer) -> None:
         httpx.get(guarded.url + path)
         until(lambda route=route: counted(route))  # type: ignore[misc]
     assert "/no/such/path" not in httpx.get(f"{guarded.url}/metrics").text
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_key_after_the_body_is_none(tiny_model: Path, name: str) -> None:
+    """A field there is no header; a proxy in front may not even look at it."""
+    with serving(model=(str(tiny_model),), api_key=(GIVEN,), server=name) as server:
+        answer = raw_http.exchange(
+            server.url,
+            b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
+            b"Authorization: Bearer %b\r\n\r\n" % GIVEN.encode(),
+        )
+    error_of(answer, 401)

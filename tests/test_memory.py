@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
 import pytest
-from live import LiveServer, run_cli, running_server
+from live import LiveServer, resident_mib, run_cli, running_server
 
 MODEL = "all-MiniLM-L6-v2"
-
-
-def resident_mib(server: LiveServer) -> float:
-    status = Path(f"/proc/{server.process.pid}/status").read_text(encoding="ascii")
-    found = re.search(r"VmRSS:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) / 1024
 
 
 def load(server: LiveServer, workload: str, seconds: float) -> int:

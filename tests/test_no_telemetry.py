@@ -25,6 +25,8 @@ from hub_standin import HubStandIn
 from in_process import until
 from live import environment
 
+import embedding_server
+
 MODEL = "all-MiniLM-L6-v2"
 
 # What would make libraries send something, if anything could.
@@ -178,3 +180,39 @@ def test_the_observation_sees(tmp_path: Path, traced: bool) -> None:
     with ended(observe(tmp_path, *arguments, env=env, traced=traced)) as observed:
         assert observed.process.wait(60) == 1
         assert ("127.0.0.1", 9) in observed.reached()
+
+
+def test_onnx_runtime_leaves_no_trace(tmp_path: Path) -> None:
+    """Its builds keep ids and what they are going to send in files, unless they are told not to.
+
+    They don't where they find themselves in CI, so that this process must not look like it.
+    """
+    home, temporary = tmp_path / "home", tmp_path / "temporary"
+    home.mkdir()
+    temporary.mkdir()
+    program = "from embedding_server import Embedder; Embedder('all-MiniLM-L6-v2').embed(['a'])"
+    kept = ("PATH", "PYTHONPATH")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={
+            **{name: os.environ[name] for name in kept if name in os.environ},
+            "HOME": str(home),
+            "TMPDIR": str(temporary),
+            "HF_HUB_OFFLINE": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_onnx_runtime_is_loaded_in_one_place() -> None:
+    source = Path(embedding_server.__file__).parent
+    loading = [
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*.py")
+        if re.search(r"^\s*(import|from) onnxruntime", path.read_text(encoding="utf-8"), re.M)
+    ]
+    assert loading == ["backends/runtime.py"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvloop
-from live import LiveServer, running_server
+from live import LiveServer, resident_mib, running_server
 
 from embedding_server.bench.connections import Pool, parse_target
 from embedding_server.bench.load import Load, closed_loop, fixed_rate
@@ -82,13 +82,6 @@ def cpu_seconds(server: LiveServer) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def resident_mib(server: LiveServer) -> float:
-    status = Path(f"/proc/{server.process.pid}/status").read_text(encoding="ascii")
-    found = re.search(r"VmRSS:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) / 1024
-
-
 @contextmanager
 def watching_the_queue(server: LiveServer) -> Iterator[list[float]]:
     """The tokens that wait, again and again."""
@@ -152,5 +145,5 @@ def test_overload(seconds: float, quiet: bool, capsys: pytest.CaptureFixture[str
     if quiet:
         assert over.rate > 0.9 * peak.rate
         # Requests take turns. While one is computed, only the rest of it counts as queued, so at
-        # worst twice the limit is in the house.
-        assert wait < 2 * full
+        # worst twice the limit is in the house, beside the batches under way.
+        assert wait < 2.25 * full

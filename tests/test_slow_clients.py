@@ -11,8 +11,8 @@ import httpx
 import pytest
 from error_shape import error_of
 from in_process import serving, until
-from live import running_server
-from raw_http import HEALTH, ask, connect, parse
+from live import resident_mib, running_server
+from raw_http import HEALTH, ask, connect, exchange, parse
 
 from embedding_server.servers.base import SERVERS
 
@@ -40,19 +40,48 @@ def test_a_header_that_never_ends(tiny_model: Path) -> None:
 @pytest.mark.parametrize("name", SERVERS)
 def test_a_header_that_is_too_large(tiny_model: Path, name: str) -> None:
     with serving(model=(str(tiny_model),), server=name) as server:
-        for field in (b"x: " + b"a" * 2_000_000, b"x: a\r\n" * 300_000):
-            with connect(server.url) as connection:
-                connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\n")
-                answer = b""
-                try:
-                    for start in range(0, len(field), 10_000):
-                        connection.sendall(field[start : start + 10_000])
-                    answer = connection.recv(65536)
-                except ConnectionError:  # it doesn't take the rest
-                    pass
-            if answer:
-                error_of(parse(answer), 431)
+        for field in (b"x: " + b"a" * 40_000 + b"\r\n\r\n", b"x: a\r\n" * 7000 + b"\r\n"):
+            answer = exchange(server.url, b"GET /health/live HTTP/1.1\r\nHost: a\r\n" + field)
+            error_of(answer, 431)
         assert httpx.get(f"{server.url}/health/live").status_code == 200
+
+
+def send_until_cut(connection: socket.socket, content: bytes) -> None:
+    """Send until the other end takes no more; it must not take all."""
+    with pytest.raises(ConnectionError):
+        for start in range(0, len(content), 10_000):
+            connection.sendall(content[start : start + 10_000])
+
+
+@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("field", [b"x: " + b"a" * 50_000_000, b"x: a\r\n" * 8_000_000], ids=len)
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"GET /health/live HTTP/1.1\r\nHost: a\r\n",
+        b"POST /nowhere HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+    ],
+    ids=["header", "trailer"],
+)
+def test_fields_that_never_end(tiny_model: Path, name: str, start: bytes, field: bytes) -> None:
+    with serving(model=(str(tiny_model),), server=name) as server:
+        with connect(server.url) as connection:
+            send_until_cut(connection, start + field)
+        assert httpx.get(f"{server.url}/health/live").status_code == 200
+
+
+def test_a_header_that_never_ends_behind_a_request_under_way() -> None:
+    """The request is answered, the rest takes no memory, and the connection ends."""
+    body = json.dumps({"model": MODEL, "input": [f"{n} river " * 90 for n in range(100)]}).encode()
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with running_server("--model", MODEL) as server, connect(server.url) as connection:
+        before = resident_mib(server)
+        connection.sendall(head + body + b"GET /health/live HTTP/1.1\r\n")
+        for _ in range(400):
+            connection.sendall(b"a:b\r\n" * 10_000)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert parse(answer).status_code == 200
+        assert resident_mib(server) < before + 100
 
 
 @pytest.mark.parametrize("name", SERVERS)

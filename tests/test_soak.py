@@ -11,14 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from faulty_server import PROGRAM
-from live import LiveServer, running_server
+from live import LiveServer, resident_mib, running_server
 from numpy.typing import NDArray
 from raw_http import connect
 
@@ -147,8 +146,7 @@ def memory_of(server: LiveServer) -> Iterator[list[float]]:
 
     def sample() -> None:
         while not ended.wait(SAMPLE_SECONDS):
-            status = Path(f"/proc/{server.process.pid}/status").read_text(encoding="ascii")
-            samples.append(int(status.partition("VmRSS:")[2].split()[0]) / 1024)
+            samples.append(resident_mib(server))
 
     thread = threading.Thread(target=sample)
     thread.start()

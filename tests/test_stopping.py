@@ -100,6 +100,21 @@ def test_a_second_signal_ends_it_now(
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_hang_up_while_it_starts(workers: str) -> None:
+    with running_server("--model", MODEL, "--workers", workers, wait=False) as server:
+
+        def ready() -> bool:
+            server.process.send_signal(signal.SIGHUP)
+            try:
+                return httpx.get(f"{server.url}/health/ready").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        until(ready)
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_keys_are_read_again(tmp_path: Path, workers: str) -> None:
     keys = tmp_path / "keys"
     keys.write_text("first\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -139,3 +141,71 @@ def test_a_second_signal_ends_workers_now() -> None:
             until(lambda: not any(_running(pid) for pid in workers))
             with pytest.raises(httpx.TransportError):
                 answer.result()
+
+
+def test_workers_that_are_being_started_drain_too() -> None:
+    for _ in range(3):
+        with running_server("--model", MODEL, "--workers", "6", wait=False) as server:
+            until(lambda: bool(workers_of(server)))
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(30) == 0
+            assert "are killed" not in server.log
+            assert "Traceback" not in server.log
+
+
+def test_a_worker_that_can_not_be_started_is_tried_again() -> None:
+    """With no file descriptor left for it."""
+    with running_server("--model", MODEL, "--workers", "2") as server:
+        until(lambda: server.log.count("is ready (process") == 2)
+        pid = server.process.pid
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        os.kill(workers_of(server)[0], signal.SIGKILL)
+        until(lambda: server.log.count("ended with no process") == 2)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        until(lambda: server.log.count("is ready (process") == 3)
+        assert server.stop() == 0
+
+
+def test_a_failure_that_is_over_is_forgotten(tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    with running_server("--model", str(model), "--workers", "2") as server:
+        until(lambda: server.log.count("is ready (process") == 2)
+        model.rename(tmp_path / "away")
+        os.kill(workers_of(server)[0], signal.SIGKILL)
+        until(lambda: "ended with exit code 1" in server.log)
+        (tmp_path / "away").rename(model)
+        until(lambda: server.log.count("is ready (process") == 3)
+        assert server.stop() == 0
+
+
+def test_workers_of_a_supervisor_that_hears_nothing_any_more() -> None:
+    """It is stopped, and killed with their words unread."""
+    with running_server("--model", MODEL, "--workers", "2", wait=False) as server:
+        until(lambda: len(workers_of(server)) == 2)
+        workers = workers_of(server)
+        server.process.send_signal(signal.SIGSTOP)
+        until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 200)
+        server.process.kill()
+        server.process.wait()
+        until(lambda: not any(_running(pid) for pid in workers))
+
+
+def test_nothing_is_left_of_the_folder_of_metrics(tmp_path: Path) -> None:
+    with running_server(
+        "--model", MODEL, "--workers", "2", env={"TMPDIR": str(tmp_path)}
+    ) as server:
+        assert list(tmp_path.iterdir())
+        with under_way(server):
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: "draining" in server.log)
+            server.process.send_signal(signal.SIGTERM)
+            server.process.wait(20)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_metrics_that_is_somebody_elses(tmp_path: Path) -> None:
+    folder = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "missing")}
+    with running_server("--model", MODEL, env=folder) as server:
+        assert "embedding_server_model_info" in httpx.get(f"{server.url}/metrics").text

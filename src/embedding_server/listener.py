@@ -23,8 +23,10 @@ def listening(settings: Settings) -> Iterator[tuple[socket.socket, str]]:
 
     Raises ConfigurationError if the address can't be listened on.
     """
+    made = None
     if settings.uds is not None:
         listener = _listen_on_file(settings.uds)
+        made = _identity(settings.uds)
         address = f"unix:{settings.uds}"
     else:
         listener = _listen_on_port(settings.host, settings.port)
@@ -35,8 +37,9 @@ def listening(settings: Settings) -> Iterator[tuple[socket.socket, str]]:
         with listener:
             yield listener, address
     finally:
-        if settings.uds is not None:
-            settings.uds.unlink(missing_ok=True)
+        # Another server may have replaced it, once this one took no connection any more.
+        if settings.uds is not None and made == _identity(settings.uds):
+            settings.uds.unlink()
 
 
 def _listen_on_port(host: str, port: int) -> socket.socket:
@@ -73,6 +76,14 @@ def _listen_on_file(file: Path) -> socket.socket:
             f"--uds: can't listen on {file}: {error.strerror or error}."
         ) from None
     return listener
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _clear(file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from types import FrameType
 
@@ -22,6 +23,10 @@ def serve(settings: Settings) -> int:
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)  # until a loop minds them
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what it would read is read now
+    for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
+        os.environ.pop(name, None)  # somebody else's: only a supervisor gives one to its workers
     if settings.workers > 1:
         from embedding_server.supervisor import Supervisor
 

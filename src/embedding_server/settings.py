@@ -207,7 +207,10 @@ class Settings(BaseSettings):
         30.0, "seconds that accepted requests have to finish in after SIGTERM", _SERVE, ge=0
     )
     header_timeout: float = _setting(
-        10.0, "seconds that a request's header may take to come", _SERVE, gt=0
+        10.0,
+        "seconds that a request's header may take to come (under hypercorn --idle-timeout counts)",
+        _SERVE,
+        gt=0,
     )
     body_timeout: float = _setting(
         60.0, "seconds that a request's body may take to come", _SERVE, gt=0

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 import socket
 import sys
@@ -86,16 +87,15 @@ class Supervisor:
                 "Set TMPDIR to one that can be written to."
             ) from None
         with metrics as folder:
-            return asyncio.run(self._run(listener, Path(folder)))
+            self._metrics = Path(folder)
+            return asyncio.run(self._run(listener))
 
-    async def _run(self, listener: socket.socket, metrics: Path) -> int:
+    async def _run(self, listener: socket.socket) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, number)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        keepers = [
-            asyncio.create_task(self._keep(worker, listener, metrics)) for worker in self._workers
-        ]
+        keepers = [asyncio.create_task(self._keep(worker, listener)) for worker in self._workers]
         await self._state.draining.wait()
         listener.close()
         for worker in self._workers:
@@ -109,44 +109,51 @@ class Supervisor:
             raise ConfigurationError(self._state.failure)
         return 0
 
-    async def _keep(self, worker: _Worker, listener: socket.socket, metrics: Path) -> None:
+    async def _keep(self, worker: _Worker, listener: socket.socket) -> None:
         """Run ``worker``, again and again."""
         state = self._state
         while not state.draining.is_set():
-            code = await self._run_once(worker, listener, metrics)
+            try:
+                end = _told(await self._run_once(worker, listener))
+            except OSError as error:  # no memory, process or descriptor is to be had now
+                end = f"no process ({error.strerror})"
             if state.draining.is_set():
                 return
-            if not state.was_ready and state.failure is not None:
+            if state.failure is not None:
                 state.draining.set()  # nothing would be better the next time
                 return
             worker.ends += 1
             wait = min(_FIRST_WAIT * 2 ** (worker.ends - 1), _LONGEST_WAIT)
             logger.error(
                 "worker %d ended with %s; it is started again in %g s",
-                *(worker.number, _told(code), wait),
+                *(worker.number, end, wait),
             )
             self._tell_siblings()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(state.draining.wait(), wait)
 
-    async def _run_once(self, worker: _Worker, listener: socket.socket, metrics: Path) -> int:
+    async def _run_once(self, worker: _Worker, listener: socket.socket) -> int:
         """Run ``worker`` from its start to its end; its exit code."""
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
             descriptors = (listener.fileno(), theirs.fileno())
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "embedding_server.worker"),
                 *(str(number) for number in (worker.number, *descriptors)),
                 stdin=PIPE,
                 pass_fds=descriptors,
-                env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(metrics)},
+                env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)},
             )
+            undo.pop_all()
         reader, worker.control = await asyncio.open_connection(sock=ours)
         worker.process = process
         assert process.stdin is not None
         process.stdin.write(pickle.dumps(dict(self._settings)))
         process.stdin.close()
         self._tell_siblings()
+        if self._state.draining.is_set():  # since it was begun
+            worker.command("drain")
         try:
             with contextlib.suppress(ConnectionError):  # it was killed
                 async for line in reader:
@@ -157,7 +164,7 @@ class Supervisor:
                 worker.steady.cancel()
             worker.process = None
             worker.control.close()
-            _forget_gauges(worker, metrics)
+            _forget_gauges(worker, self._metrics)
 
     def _hear(self, worker: _Worker, line: str) -> None:
         what, _, message = line.partition(" ")
@@ -167,7 +174,7 @@ class Supervisor:
             loop = asyncio.get_running_loop()
             worker.steady = loop.call_later(_STEADY_SECONDS, self._steady, worker)
             logger.info("worker %d is ready (process %d)", worker.number, worker.process.pid)
-        elif what == "failed":
+        elif what == "failed" and not self._state.was_ready:
             self._state.failure = json.loads(message)
 
     def _steady(self, worker: _Worker) -> None:
@@ -179,6 +186,7 @@ class Supervisor:
         if self._state.signals > 1:
             logger.warning("told twice to end: requests under way are cut")
             self._kill()
+            shutil.rmtree(self._metrics, ignore_errors=True)
             logging.shutdown()
             os._exit(128 + number)
         logger.info("draining: requests under way are finished")

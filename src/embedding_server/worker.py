@@ -13,6 +13,7 @@ import asyncio
 import json
 import logging
 import pickle
+import signal
 import socket
 import sys
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 def main(number: int, listener_descriptor: int, control_descriptor: int) -> int:
     """Serve until told to stop; the exit code."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to be read again
     # Files of metrics are named by it, and not by a process that comes and goes.
     values.ValueClass = values.MultiProcessValue(  # type: ignore[no-untyped-call]
         process_identifier=lambda: number
@@ -61,17 +63,21 @@ class _Worker:
 
     async def _obey(self) -> None:
         reader, writer = await asyncio.open_connection(sock=self._control.dup())
-        async for line in reader:
-            command, _, argument = line.decode().strip().partition(" ")
-            match command:
-                case "drain":
-                    self.service.drain()
-                case "reload":
-                    self.service.reload()
-                case "siblings":
-                    self.service.app.state.siblings = json.loads(argument)
-        writer.close()
-        self.service.drain()
+        try:
+            async for line in reader:
+                command, _, argument = line.decode().strip().partition(" ")
+                match command:
+                    case "drain":
+                        self.service.drain()
+                    case "reload":
+                        self.service.reload()
+                    case "siblings":
+                        self.service.app.state.siblings = json.loads(argument)
+        except ConnectionError:
+            pass  # it was killed
+        finally:
+            writer.close()
+            self.service.drain()
 
     async def _end_when_hung(self) -> None:
         """To be replaced: a probe would mostly reach a sibling, and find it alive."""

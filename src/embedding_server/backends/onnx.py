@@ -6,7 +6,6 @@ from pathlib import Path, PurePath
 from typing import Any, Self
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from embedding_server.backends.architectures import architecture_of
@@ -14,6 +13,7 @@ from embedding_server.backends.base import ONNX_FILES, BackendOptions, Pipeline
 from embedding_server.backends.graph import Graph, build_graph
 from embedding_server.backends.head import Head
 from embedding_server.backends.inputs import GraphInputs
+from embedding_server.backends.runtime import onnxruntime
 from embedding_server.backends.weights import Weights
 from embedding_server.engine.batch import Batch
 from embedding_server.errors import ModelNotSupported

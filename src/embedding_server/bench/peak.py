@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
+
+from embedding_server.backends.runtime import onnxruntime
 
 __all__ = ["Peak", "machine_peak"]
 

@@ -17,7 +17,15 @@ from embedding_server.api.errors import ErrorAnswer
 from embedding_server.errors import ConfigurationError
 from embedding_server.settings import Settings
 
-__all__ = ["MAX_HEADER_BYTES", "SERVERS", "AsgiServer", "ServerOptions", "refusal", "server_class"]
+__all__ = [
+    "FIELD_BYTES",
+    "MAX_HEADER_BYTES",
+    "SERVERS",
+    "AsgiServer",
+    "ServerOptions",
+    "refusal",
+    "server_class",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +36,10 @@ SERVERS: Mapping[str, str] = {
 """Name -> ``module:Class``, imported on use."""
 
 MAX_HEADER_BYTES = 32 * 1024
-"""The request line and all header fields of one request."""
+"""The request's target and all header fields of one request."""
+
+FIELD_BYTES = 4
+"""What a header field has beside its name and value: a colon, a space and the line's end."""
 
 _REASONS = {
     400: "This is not a valid HTTP/1.1 request.",

@@ -24,7 +24,7 @@ from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from starlette.types import ASGIApp
 
-from embedding_server.servers.base import MAX_HEADER_BYTES, ServerOptions, refusal
+from embedding_server.servers.base import FIELD_BYTES, MAX_HEADER_BYTES, ServerOptions, refusal
 
 try:
     from uvloop import new_event_loop
@@ -129,8 +129,11 @@ class _Http1(H11Protocol):
         assert isinstance(self.connection, h11.Connection)
         if {b"content-length", b"transfer-encoding"} <= {name for name, _ in request.headers}:
             # A proxy may believe the other one, and take the rest for a request of its own.
-            await self._send_error_response(400)
-            await self.send(Closed())
+            await self._refuse(400)
+            return
+        fields = (len(name) + len(value) + FIELD_BYTES for name, value in request.headers)
+        if len(request.target) + sum(fields) > MAX_HEADER_BYTES:  # which came at once
+            await self._refuse(431)
             return
         offers = self.connection._cstate.pending_switch_proposals
         if offers:
@@ -144,6 +147,10 @@ class _Http1(H11Protocol):
                 headers=[header for header in request.headers if header[0] != b"upgrade"],
             )
         await super()._create_stream(request)
+
+    async def _refuse(self, status: int) -> None:
+        await self._send_error_response(status)
+        await self.send(Closed())
 
 
 class _Http2(H2Protocol):

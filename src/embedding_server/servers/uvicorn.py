@@ -14,9 +14,17 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from embedding_server.servers.base import MAX_HEADER_BYTES, ServerOptions, refusal
+from embedding_server.servers.base import (
+    FIELD_BYTES,
+    MAX_HEADER_BYTES,
+    ServerOptions,
+    refusal,
+)
 
 __all__ = ["UvicornServer"]
+
+_TE = b"transfer-encoding"
+_TE_LENGTH = len(_TE)
 
 
 class UvicornServer:
@@ -98,10 +106,11 @@ class _Http1(HttpToolsProtocol):
     """HTTP/1.1 for clients that are slow, greedy or confused, and for those that offer HTTP/2.
 
     A header that is too long or takes too long is refused, a connection that is idle or doesn't
-    read its answer is closed, and nonsense is answered in our error shape. A client that offers
-    another protocol is answered in HTTP/1.1: Java's HttpClient offers HTTP/2 with every request;
-    httptools then takes the end of the headers for the end of the request and loses the body
-    (uvicorn issue 2722).
+    read its answer is closed, and nonsense is answered in our error shape. Fields that come after
+    a body are dropped, as RFC 9110 (section 6.5.1) asks: they would else pass for headers. A client
+    that offers another protocol is answered in HTTP/1.1: Java's HttpClient offers HTTP/2 with every
+    request; httptools then takes the end of the headers for the end of the request and loses the
+    body (uvicorn issue 2722).
     """
 
     config: _Config
@@ -110,7 +119,10 @@ class _Http1(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.timeout_keep_alive = self.config.options.idle_timeout  # type: ignore[assignment]
         self._in_head = False
-        self._head_bytes = 0
+        self._head_bytes = 0  # of the fields that are read
+        self._unread_bytes = 0  # raw, of a header or of the fields after a body
+        self._after_body = False  # or between a chunk's length and the chunk
+        self._refused = False
         self._head_timer = _Timer(self.loop)
         self._unread_timer = _Timer(self.loop)
 
@@ -127,6 +139,8 @@ class _Http1(HttpToolsProtocol):
         self._unread_timer.stop()
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         size = len(data)
         while data:
             try:
@@ -139,16 +153,43 @@ class _Http1(HttpToolsProtocol):
                 data = self._head_without_offer() + data[offer.args[0] :]
                 self.parser = httptools.HttpRequestParser(self)
             except httptools.HttpParserError:
-                self.send_400_response("")
+                self._refuse(431 if self._head_bytes > MAX_HEADER_BYTES else 400)
                 return
         if self._in_head:
             self._await_head(size)
+        elif self._after_body:
+            self._count_unread(size)
 
     def on_message_begin(self) -> None:
         # Only a new request ends the idle time: the rest of a body that nobody waits for doesn't.
         self._unset_keepalive_if_required()
         self._in_head = True
+        self._head_bytes = self._unread_bytes = 0
         super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return
+        self._count_head(len(name) + len(value) + FIELD_BYTES)
+        if len(name) == _TE_LENGTH and name.lower() == _TE and value.lower() != b"chunked":
+            raise ValueError("a coding that nobody undoes")
+        super().on_header(name, value)
+
+    def on_chunk_header(self) -> None:
+        self._after_body = True
+        self._unread_bytes = 0
+
+    def on_body(self, body: bytes) -> None:
+        self._after_body = False
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._after_body = False
+        super().on_message_complete()
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -182,13 +223,20 @@ class _Http1(HttpToolsProtocol):
     def _await_head(self, size: int) -> None:
         """Part of a header has come: the rest must not take for ever, nor all memory."""
         if not self._head_timer.running:
-            self._head_bytes = 0
             self._head_timer.start(self.config.options.header_timeout, self._refuse, 408)
-        # Of the first part it is not known how much belongs to earlier requests.
-        elif (head_bytes := self._head_bytes + size) > MAX_HEADER_BYTES:
+        else:  # of the first part it is not known how much belongs to earlier requests
+            self._count_unread(size)
+
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEADER_BYTES:
+            raise ValueError("the header is too large")
+
+    def _count_unread(self, size: int) -> None:
+        """The parser keeps a field, however long it is, until its end has come."""
+        self._unread_bytes += size
+        if self._unread_bytes > MAX_HEADER_BYTES:
             self._refuse(431)
-        else:
-            self._head_bytes = head_bytes
 
     def _await_reader(self) -> None:
         if not self._unread_timer.running:
@@ -206,6 +254,7 @@ class _Http1(HttpToolsProtocol):
         elif self.cycle.response_complete:
             self.transport.close()
         else:  # it would be taken for the answer to the request before, with which all ends now
+            self._refused = True
             self.cycle.keep_alive = False
 
     def _can_answer(self) -> bool:

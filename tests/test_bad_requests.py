@@ -103,6 +103,8 @@ BODIES = {
     "a-million-empty-texts": with_input(b"[" + b'"",' * 1_000_000 + b'""]'),
     "a-million-empty-lists": with_input(b"[" + b"[]," * 1_000_000 + b"[]]"),
     "a-million-fields": b"{%b}" % b",".join(b'"%d":1' % n for n in range(1_000_000)),
+    "10-mb-of-escapes-without-end": b'{"model": "a", "input": "' + rb"\"" * 5_000_000,
+    "10-mb-of-backslashes-without-end": b'{"model": "a", "input": "' + b"\\" * 10_000_000,
     "10-mb-as-the-model": b'{"model": "%b", "input": 1}' % (b"a" * 10_000_000),
     "10-mb-as-a-field": b'{"%b": 1}' % (b"a" * 10_000_000),
     "10-mb-as-the-prompt": with_input(b'"a"', b', "prompt": "%b"' % (b"a " * 5_000_000)),
@@ -115,6 +117,16 @@ def test_content_that_is_refused(live: LiveServer, name: str) -> None:
     answer = exchange(live.url, post(BODIES[name]))
     error_of(answer, 400)
     assert len(answer.content) < 1000
+
+
+@pytest.mark.parametrize("escapes", [140_000, 5_000_000])
+def test_a_string_without_an_end_keeps_nobody_waiting(live: LiveServer, escapes: int) -> None:
+    with connect(live.url) as connection:
+        connection.sendall(post(b'{"model": "a", "input": "' + rb"\"" * escapes))
+        for _ in range(3):
+            assert httpx.get(f"{live.url}/health/live", timeout=30).status_code == 200
+        answer = parse(b"".join(iter(lambda: connection.recv(65536), b"")))
+    error_of(answer, 400)
 
 
 def test_10_mb_of_escapes_are_a_text(live: LiveServer) -> None:

@@ -62,6 +62,9 @@ def test_any_bytes(body: bytes) -> None:
 
 @fuzz
 @given(text=BRACKETS)
+@example('{"model": "a", "input": "b\\')
+@example('{"model": "a", "input": "' + '\\"' * 140_000)
+@example('{"model": "a", "input": "' + '\\"[{,' * 60_000 + "\\")
 @example('{"model": "a", "input": "b", "input": "c"}')
 @example('{"model": "a", "input": "\\"input\\""}')
 def test_what_looks_like_json(text: str) -> None:
@@ -94,6 +97,43 @@ def test_fields_again(pairs: list[tuple[str, object]]) -> None:
     rows = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in pairs]
     check_body(("{" + ", ".join(rows) + "}").encode())
     check_body(('{"model": "a", "input": "b"' + "".join(", " + row for row in rows) + "}").encode())
+
+
+ENDLESS = {
+    "escaped-quotes": ('"', r"\"", ""),
+    "quotes": ('"', '""', ""),
+    "backslashes": ('"', "\\", ""),
+    "an-odd-number-of-backslashes": ('"', "\\", 'a"'),
+    "quotes-and-backslashes": ("", '"\\', ""),
+    "escaped-quotes-and-brackets": ('"', r"\"[{,:]}", ""),
+    "strings-in-lists": ("", r'["\",', '"'),
+    "a-backslash-at-last": ('"', "a", "\\"),
+}
+"""How each begins, what it goes on with, and how it ends."""
+
+PROGRAM = """
+import sys
+from embedding_server.api.extent import check_extent
+from embedding_server.errors import InvalidRequest
+try:
+    check_extent(sys.stdin.buffer.read(), inputs=2048, ids=3_000_000)
+except InvalidRequest:
+    pass
+"""
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_time_grows_no_faster_than_the_body(name: str) -> None:
+    """32 MB take less than a second, and hours if they are read again from each quote."""
+    first, form, last = ENDLESS[name]
+    body = '{"model": "a", "input": ' + first + form * (32_000_000 // len(form)) + last
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=body.encode(),
+        env=environment(),
+        check=True,
+        timeout=60,
+    )
 
 
 KINDS = {

@@ -11,8 +11,9 @@ from embedding_server.errors import InvalidRequest
 
 __all__ = ["check_extent"]
 
-# Without a way back, which would take memory for every character.
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+# Without a way back, which would take memory for every character. One without an end goes to the
+# body's: else it would be looked for again from each quote in it, for minutes.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 _FIELDS = 20
 """More than there are, for their names and values."""

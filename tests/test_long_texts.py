@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,16 +16,24 @@ import httpx
 import numpy as np
 import pytest
 import tiny_models
+import tokenizers
 from error_shape import error_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from in_process import until
 from live import LiveServer, running_server
 from minilm import minilm_folder
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 import embedding_server.engine.tokenizer as tokenizer_module
-from embedding_server.engine.cuts import cut_pattern, pieces
+from embedding_server.engine.cuts import (
+    _ANY_MARK,
+    _COMPOSED,
+    _MARKS,
+    QWEN_WORDS,
+    cut_pattern,
+    pieces,
+)
 from embedding_server.engine.tokenizer import Tokenizer
 from embedding_server.errors import InvalidRequest
 from embedding_server.models.tokenizers import load_static_tokenizer, load_tokenizer
@@ -121,8 +131,10 @@ def test_pieces_have_the_tokens_of_the_whole(tokenizer: Tokenizer, texts: list[s
 @given(text=TEXT)
 def test_pieces_have_the_words_of_the_whole(tokenizer: Tokenizer, text: str) -> None:
     """Of a small vocabulary the tokens may be the same though the words are not."""
-    raw = tokenizer._tokenizer
+    check_words(tokenizer._tokenizer, text)
 
+
+def check_words(raw: tokenizers.Tokenizer, text: str) -> None:
     def words(part: str) -> list[str]:
         normal = part if raw.normalizer is None else raw.normalizer.normalize_str(part)
         return [word for word, _ in raw.pre_tokenizer.pre_tokenize_str(normal)]
@@ -130,6 +142,115 @@ def test_pieces_have_the_words_of_the_whole(tokenizer: Tokenizer, text: str) -> 
     parts = list(pieces(text, cut_pattern(raw), 3))
     assert "".join(parts) == text
     assert [word for part in parts for word in words(part)] == words(text)
+
+
+NORMALIZERS = {
+    "none": None,
+    "nfc": normalizers.NFC(),
+    "nfd": normalizers.NFD(),
+    "nfkc": normalizers.NFKC(),
+    "nfkd": normalizers.NFKD(),
+    "nfd-stripped": normalizers.Sequence(
+        [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    ),
+    "nmt-nfkc": normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()]),
+    "bert": normalizers.BertNormalizer(),
+    "bert-cased": normalizers.BertNormalizer(lowercase=False, strip_accents=False),
+    "bert-nfc": normalizers.Sequence([normalizers.BertNormalizer(), normalizers.NFC()]),
+    "nfkc-bert-without-ideographs": normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.BertNormalizer(handle_chinese_chars=False)]
+    ),
+}
+PRE_TOKENIZERS = {
+    "bert": pre_tokenizers.BertPreTokenizer(),
+    "byte-level": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "byte-level-prefixed": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    "qwen": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+    "metaspace": pre_tokenizers.Metaspace(),
+    "metaspace-first": pre_tokenizers.Metaspace(prepend_scheme="first"),
+    "metaspace-never": pre_tokenizers.Metaspace(prepend_scheme="never"),
+    "words-metaspace": pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    ),
+    "words-metaspace-first": pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="first")]
+    ),
+}
+ADVERSARIAL = [
+    *("a", "B", "\u00e9", "\u6f22", "\u304b", "\u30ab", "\uac00", "\u1100", "\u1161", "0", "9"),
+    *(
+        " ",
+        "  ",
+        "\n",
+        "\r",
+        "\r\n",
+        "\t",
+        "\u00a0",
+        "\u3000",
+        "\u2581",
+        "\u200b",
+        "\x00",
+        "\ufffd",
+    ),
+    *("\u0301", "\u0338", "\u3099", "\uff9e", "\u0345", "\u200d", "\ufe0f", "\u0600", "\u0e33"),
+    *(
+        "=",
+        "<",
+        ">",
+        "+",
+        "!",
+        "?",
+        ",",
+        ".",
+        ";",
+        ":",
+        "(",
+        ")",
+        "-",
+        "_",
+        "`",
+        "'",
+        "'s",
+        "#",
+        "|",
+    ),
+    *("\u3002", "\uff01", "\uff0c", "\uff1b", "\uff1d", "\u00df", "\u03a3", "\u0130", "\U0001f600"),
+]
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("pre_tokenizer", PRE_TOKENIZERS)
+def test_pieces_in_any_pair(normalizer: str, pre_tokenizer: str) -> None:
+    """Also in those that no family here has, as a static model may bring its own tokenizer."""
+    raw = tokenizers.Tokenizer(models.BPE())
+    if (chosen := NORMALIZERS[normalizer]) is not None:
+        raw.normalizer = chosen
+    raw.pre_tokenizer = PRE_TOKENIZERS[pre_tokenizer]
+    certain = pre_tokenizer == "bert" or "bert" not in normalizer
+    assert (cut_pattern(raw) is not None) == certain
+    generator = random.Random(7)
+    for _ in range(150):  # of a few characters each, so that each meets each
+        few = generator.sample(ADVERSARIAL, 5)
+        check_words(raw, "".join(generator.choices([*few, "a", " "], k=60)))
+    for mark in _ANY_MARK:
+        check_words(raw, f"abc{mark}\u0338abc{mark} \u0338abc {mark}\u0301\u0338{mark}\u20d2abcabc")
+
+
+def test_marks_that_are_joined_with_what_follows() -> None:
+    """In Unicode itself, whatever its version."""
+    composed = {
+        unicodedata.normalize("NFD", chr(code))[0]
+        for code in range(0x110000)
+        if unicodedata.normalize("NFC", chr(code)) == chr(code)
+        and len(unicodedata.normalize("NFD", chr(code))) > 1
+    }
+    for place in (_ANY_MARK, _MARKS):
+        assert composed & set(place) <= set(_COMPOSED)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -158,8 +279,13 @@ def test_prose_is_cut_in_every_family(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     "token",
-    [AddedToken("old city"), AddedToken("x. y"), AddedToken("city", rstrip=True)],
-    ids=["a-space-inside", "a-mark-inside", "takes-the-space-after-it"],
+    [
+        AddedToken("old city"),
+        AddedToken("x. y"),
+        AddedToken("city", rstrip=True),
+        AddedToken("city", single_word=True),  # in "city_a" it isn't one
+    ],
+    ids=["a-space-inside", "a-mark-inside", "takes-the-space-after-it", "only-a-whole-word"],
 )
 def test_added_tokens_that_forbid_it(token: AddedToken) -> None:
     raw = load(minilm_folder())._tokenizer

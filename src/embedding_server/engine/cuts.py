@@ -31,6 +31,8 @@ _BEFORE_SPACE = re.compile(f"[{_LETTERS}0-9{_MARKS}] ")
 _BEFORE_ANY_SPACE = re.compile(f"[{_LETTERS}0-9{_MARKS}][ \\n]")
 _BEFORE_MARK = re.compile(f"[{_LETTERS}][ \\n{_MARKS}]|[0-9{_MARKS}] ")
 _ANY_MARK = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+_COMPOSED = "<=>"
+"""Those of them that NFC joins with a stroke behind them, as in U+2260."""
 
 _NORMALIZERS = {
     *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Precompiled"),
@@ -52,8 +54,11 @@ def cut_pattern(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
     if tokenizer.normalizer is not None:
         texts |= {tokenizer.normalizer.normalize_str(text) for text in texts}
     pattern = _of_words(_flat(tokenizer.pre_tokenizer, "pretokenizers"), normalizers, texts)
-    # A token that is looked for before all else may hold such a place, or take the space after it.
-    if pattern is None or any(token.rstrip for token in added) or any(map(pattern.search, texts)):
+    # A token that is looked for before all else may hold such a place, take the space after it, or
+    # ask for the end of a word, which is another thing there.
+    if any(token.rstrip or token.single_word for token in added):
+        return None
+    if pattern is None or any(map(pattern.search, texts)):
         return None
     return pattern
 
@@ -61,12 +66,16 @@ def cut_pattern(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
 def _of_words(
     splitting: list[Mapping[str, Any]], normalizers: list[Mapping[str, Any]], added: set[str]
 ) -> re.Pattern[str] | None:
+    kinds = {part["type"] for part in normalizers}
     match splitting:
         case [{"type": "BertPreTokenizer"}]:
             # Spaces, marks and ideographs stand alone, whatever is beside them.
-            marks = "".join(mark for mark in _ANY_MARK if not any(mark in text for text in added))
+            taken = "".join(added) + (_COMPOSED if kinds - {"BertNormalizer"} else "")
+            marks = "".join(mark for mark in _ANY_MARK if mark not in taken)
             alone = any(part.get("handle_chinese_chars") for part in normalizers)
             return re.compile(f"[ \\n{re.escape(marks)}{_IDEOGRAPHS if alone else ''}]")
+        case _ if "BertNormalizer" in kinds:  # its spaces around ideographs join those of the text
+            return None
         case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": prefix}]:
             return _BEFORE_SPACE if prefix else _BEFORE_MARK
         case [

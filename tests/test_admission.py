@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import pytest
 from error_shape import error_of
-from in_process import until
+from in_process import serving, until
 from live import LiveServer, running_server
 from raw_http import connect
 
+from embedding_server.api import embeddings
+from embedding_server.api.extent import check_extent
 from embedding_server.servers.base import SERVERS
 
 MODEL = "all-MiniLM-L6-v2"
@@ -75,3 +79,36 @@ def test_errors_make_room(server: LiveServer) -> None:
             answer = httpx.post(url, content=content, headers=headers, timeout=60)
             assert answer.status_code in (400, 413)
     assert embed(server, padding=300_000).status_code == 200
+
+
+def test_a_body_has_its_room_while_a_thread_holds_it(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Past its deadline, too, whether a thread reads it or it waits for one."""
+    go_on = threading.Event()
+    read: list[int] = []
+
+    def slow(body: bytes, *, inputs: int, ids: int) -> None:
+        read.append(len(body))
+        go_on.wait()
+        check_extent(body, inputs=inputs, ids=ids)
+
+    monkeypatch.setattr(embeddings, "check_extent", slow)
+    with serving(model=(str(tiny_model),), max_body_bytes=1_200_000) as server:
+        body = {"model": "tiny", "input": "river", "user": "x" * 300_000}
+
+        def status(timeout: str) -> int:
+            headers = {"x-request-timeout": timeout}
+            url = f"{server.url}/v1/embeddings"
+            return httpx.post(url, json=body, headers=headers, timeout=60).status_code
+
+        try:
+            until(lambda: status("0.1") == 429)
+            begun = len(read)
+            assert server.app.state.bodies.held > 4_400_000
+        finally:
+            go_on.set()
+        until(lambda: server.app.state.bodies.held == 0)
+        assert len(read) == begun, "what nobody waits for is not read"
+        assert status("60") == 200
+    assert "asyncio" not in [record.name for record in caplog.records]

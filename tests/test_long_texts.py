@@ -20,7 +20,7 @@ import tokenizers
 from error_shape import error_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from in_process import until
+from in_process import serving, until
 from live import LiveServer, running_server
 from minilm import minilm_folder
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
@@ -434,6 +434,27 @@ def test_long_texts_block_nobody(client: httpx.Client) -> None:
         head = np.array(embed(client, text[:20_000]).json()["data"][0]["embedding"])
         np.testing.assert_allclose(row["embedding"], head, atol=1e-6)
         assert row["tokens"] > 256
+
+
+def test_a_stretch_that_waits_for_another_keeps_no_thread(tiny_model: Path) -> None:
+    """There is one thread, and a stretch that can't be cut waits for one of another model."""
+    with (
+        serving(model=(str(tiny_model),), threads=1) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+
+        def tokens(text: str) -> int:
+            answer = client.post("/v1/embeddings", json={"model": "tiny", "input": text})
+            count: int = answer.json()["usage"]["total_tokens"]
+            return count
+
+        with tokenizer_module._one_large:
+            waiting = pool.submit(tokens, "a" * 200_000)
+            until(lambda: 'queue_requests{model="tiny"} 1.0' in client.get("/metrics").text)
+            assert tokens("river " * 2000) > 2
+            assert not waiting.done()
+        assert waiting.result() > 2
 
 
 def test_a_client_that_hangs_up_meanwhile_frees_its_place(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -19,6 +19,8 @@ from embedding_server.errors import (
 )
 
 __all__ = ["Bodies", "Body"]
+
+Result = TypeVar("Result")
 
 # Of the largest size, this many at a time: before a model's own limits can be asked, a body takes
 # several times its bytes to be read and parsed.
@@ -85,11 +87,13 @@ class Bodies:
 class Body:
     """One request's body; ``close`` it when nothing of it is held any more."""
 
-    __slots__ = ("_bodies", "_held")
+    __slots__ = ("_bodies", "_closed", "_held", "_thread")
 
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies
+        self._closed = False
         self._held = 0
+        self._thread: asyncio.Future[Any] | None = None
 
     async def read(self, request: Request) -> bytes:
         """The whole body.
@@ -138,8 +142,28 @@ class Body:
                 return _not_empty(bytes(chunks))
             chunk, more = await _next_chunk(request)
 
+    async def in_thread(self, work: Callable[[], Result]) -> Result:
+        """The result of ``work``, which holds the body: until it ends, whoever waits for it."""
+
+        def unless_closed() -> Result:
+            if self._closed:
+                raise ClientDisconnect  # nobody waits for it
+            return work()
+
+        self._thread = asyncio.get_running_loop().run_in_executor(None, unless_closed)
+        return await asyncio.shield(self._thread)
+
     def close(self) -> None:
-        """Make room for others."""
+        """Make room for others; when a thread still holds the body, as soon as it is done."""
+        self._closed = True
+        if self._thread is not None and not self._thread.done():
+            self._thread.add_done_callback(self._leave)
+        else:
+            self._leave()
+
+    def _leave(self, unheard: asyncio.Future[Any] | None = None) -> None:
+        if unheard is not None and not unheard.cancelled():
+            unheard.exception()  # or asyncio would log it
         self._bodies.held -= self._held
         self._held = 0
 

@@ -95,7 +95,7 @@ DIRECT: Mapping[tuple[str, str], Endpoint] = {
 async def _embeddings(request: Request) -> Response:
     body = Body(request.app.state.bodies)
     try:
-        query = await _parse(EmbeddingsRequest, await body.read(request), request)
+        query = await _parse(EmbeddingsRequest, body, request)
         params = EmbedParams(
             dimensions=query.dimensions,
             input_type=query.input_type,
@@ -112,24 +112,25 @@ async def _embeddings(request: Request) -> Response:
 async def _openai_embeddings(request: Request) -> Response:
     body = Body(request.app.state.bodies)
     try:
-        query = await _parse(OpenAIEmbeddingsRequest, await body.read(request), request)
+        query = await _parse(OpenAIEmbeddingsRequest, body, request)
         return await _answer(request, query, EmbedParams(dimensions=query.dimensions), openai=True)
     finally:
         body.close()
 
 
-async def _parse(schema: type[Schema], body: bytes, request: Request) -> Schema:
+async def _parse(schema: type[Schema], body: Body, request: Request) -> Schema:
     """Out of the event loop where it takes long; health must be answered meanwhile."""
-    if len(body) <= _INLINE_BYTES:
-        return parse(schema, body)
+    content = await body.read(request)
+    if len(content) <= _INLINE_BYTES:
+        return parse(schema, content)
     settings: Settings = request.app.state.settings
 
     def parse_large() -> Schema:
         ids = settings.max_request_tokens * CHARACTERS_PER_TOKEN
-        check_extent(body, inputs=settings.max_client_batch_size, ids=ids)
-        return parse(schema, body)
+        check_extent(content, inputs=settings.max_client_batch_size, ids=ids)
+        return parse(schema, content)
 
-    return await asyncio.to_thread(parse_large)
+    return await body.in_thread(parse_large)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

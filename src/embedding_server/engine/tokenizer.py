@@ -6,7 +6,6 @@ import operator
 import os
 import threading
 from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import nullcontext
 
 import tokenizers
 from tokenizers import models
@@ -33,6 +32,8 @@ _SPARE_ROWS = 1024
 _SPARE_SHARE = 0.04
 
 _one_large = threading.Lock()
+
+_TURN_SECONDS = 0.01
 
 Input = str | Sequence[int]
 """A text, or the model's own token ids without special tokens."""
@@ -206,9 +207,16 @@ class Tokenizer:
                     code="request_too_large",
                     index=index,
                 )
-            # One that can't be cut takes hundreds of MB: never several at a time.
-            with _one_large if len(piece) > 2 * _PART_CHARACTERS else nullcontext():
+            # One that can't be cut takes hundreds of MB: never several at a time. Who waits for it
+            # lets others have the thread.
+            large = len(piece) > 2 * _PART_CHARACTERS
+            while large and not _one_large.acquire(timeout=_TURN_SECONDS):
+                yield
+            try:
                 (ids,) = self._encode_texts([piece], index, special_tokens=False)
+            finally:
+                if large:
+                    _one_large.release()
             total += len(ids)
             if self._keep_end:
                 kept = (kept + ids)[-self.max_tokens :]

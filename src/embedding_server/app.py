@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, FastAPI
-from fastapi.routing import APIRoute
+from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from embedding_server import __version__
-from embedding_server.api import docs_page, embeddings, health, models
+from embedding_server.api import embeddings
 from embedding_server.api.body import Bodies
 from embedding_server.api.cors import Cors
 from embedding_server.api.documentation import use_own_openapi
@@ -28,13 +24,11 @@ from embedding_server.api.middleware import (
     RequestMiddleware,
     RootPath,
 )
-from embedding_server.engine.engine import Limits
+from embedding_server.api.routes import ROUTERS, heads, prefix_of, route_of
 from embedding_server.errors import ConfigurationError
-from embedding_server.models.catalog import DEFAULT_MODELS
-from embedding_server.models.loader import LoadOptions
+from embedding_server.models.choice import load_options_of, specs_of
 from embedding_server.models.registry import Registry
-from embedding_server.models.spec import ModelSpec, parse_spec
-from embedding_server.settings import Settings, available_cores
+from embedding_server.settings import Settings
 from embedding_server.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -43,8 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["create_app"]
 
 logger = logging.getLogger(__name__)
-
-_ROUTERS = (embeddings.router, models.router, health.router, docs_page.router)
 
 
 def create_app(
@@ -62,12 +54,12 @@ def create_app(
     for an --otlp-endpoint without its extra.
     """
     keys = ApiKeys((key.get_secret_value() for key in settings.api_key), settings.api_key_file)
-    prefix = _prefix(settings.root_path)
+    prefix = prefix_of(settings.root_path)
     telemetry = Telemetry()
     tracing = _tracing(settings.otlp_endpoint)
     registry = Registry(
-        _specs(settings),
-        _load_options(settings),
+        specs_of(settings),
+        load_options_of(settings),
         telemetry=telemetry,
         models_dir=settings.load_models_from,
         hf_token=settings.hub_token,
@@ -113,16 +105,14 @@ def create_app(
     app.state.siblings = ""  # what is wrong with other processes of this server
     app.state.bodies = Bodies(max_body_bytes=settings.max_body_bytes, timeout=settings.body_timeout)
     app.state.api_keys = keys
-    for router in _ROUTERS:
+    for router in (*ROUTERS, *heads()):
         app.include_router(router)
-    for router in (models.router, health.router, docs_page.router):
-        app.include_router(_heads_of(router))
     add_error_handlers(app)
     use_own_openapi(app, prefix=prefix)
     front: ASGIApp = DirectRoutes(app.inner, endpoints=embeddings.DIRECT)
     if keys:
         front = ApiKeyMiddleware(
-            front, keys=keys, metrics_public=settings.metrics_public, route_of=_route_of
+            front, keys=keys, metrics_public=settings.metrics_public, route_of=route_of
         )
     if prefix:
         front = RootPath(front, prefix=prefix)
@@ -147,48 +137,6 @@ class _Application(FastAPI):
         await super().__call__(scope, receive, send)
 
 
-def _routes(routers: Iterable[APIRouter]) -> Iterator[APIRoute]:
-    return (route for router in routers for route in router.routes if isinstance(route, APIRoute))
-
-
-def _heads_of(router: APIRouter) -> APIRouter:
-    """HEAD for what ``router`` has GET for: servers leave out the body, and probes ask so."""
-    heads = APIRouter(include_in_schema=False)
-    for route in _routes([router]):
-        heads.add_api_route(
-            route.path,
-            route.endpoint,
-            methods=["HEAD"],
-            response_model_exclude_none=route.response_model_exclude_none,
-        )
-    return heads
-
-
-def _route_of(path: str) -> str:
-    """The template of the route that takes ``path``, by any method."""
-    return next(
-        (route.path_format for route in _routes(_ROUTERS) if route.path_regex.match(path)),
-        "unmatched",
-    )
-
-
-def _prefix(root_path: str) -> str:
-    """--root-path without a slash at its end; raises ConfigurationError."""
-    prefix = root_path.rstrip("/")
-    if prefix and not re.fullmatch(r"(/(?!\.\.?(/|$))[A-Za-z0-9._~-]+)+", prefix):
-        raise ConfigurationError(
-            f"--root-path {root_path!r} must be the beginning of a path, as /embeddings: a slash "
-            "first, and between slashes letters, digits and -._~ only."
-        )
-    for route in _routes(_ROUTERS):
-        if f"{route.path}/".startswith(f"{prefix}/") and prefix:
-            raise ConfigurationError(
-                f"--root-path {prefix} is the beginning of {route.path}, a path of the server's "
-                "own: a proxy that passes such paths on as they are needs no --root-path."
-            )
-    return prefix
-
-
 def _tracing(endpoint: str | None) -> Tracing | None:
     """Traces to ``endpoint``; without one, nothing of OpenTelemetry's SDK is loaded."""
     if endpoint is None:
@@ -201,53 +149,3 @@ def _tracing(endpoint: str | None) -> Tracing | None:
             "pip install 'embedding-server[otlp]', in a checkout with scripts/install '[otlp]'."
         ) from None
     return Tracing(endpoint)
-
-
-def _specs(settings: Settings) -> list[ModelSpec]:
-    names = settings.served_model_name
-    if names and len(names) != len(settings.model):
-        raise ConfigurationError(
-            f"--served-model-name is given {len(names)} times for {len(settings.model)} --model; "
-            "give one name for each model, in the same order."
-        )
-    if settings.revision and len(settings.model) != 1:
-        raise ConfigurationError(
-            "--revision needs exactly one --model; else write --model ID@REVISION."
-        )
-    requested = bool(settings.model)
-    specs = [
-        parse_spec(text, revision=settings.revision, requested=requested)
-        for text in settings.model or DEFAULT_MODELS
-    ]
-    if names:
-        specs = [replace(spec, alias=name) for spec, name in zip(specs, names, strict=True)]
-    served = Counter(spec.served_name for spec in specs)
-    twice = [name for name, count in served.items() if count > 1]
-    if twice:
-        raise ConfigurationError(
-            f"More than one --model would be served as {', '.join(twice)}: give each a "
-            "name of its own with --served-model-name."
-        )
-    if unknown := set(settings.matryoshka_sizes) - set(served):
-        raise ConfigurationError(
-            f"--matryoshka names {', '.join(unknown)}, which isn't served; there are: "
-            f"{', '.join(served)}."
-        )
-    return specs
-
-
-def _load_options(settings: Settings) -> LoadOptions:
-    """How ``settings`` want models to be run."""
-    return LoadOptions(
-        backend=settings.backend,
-        threads=settings.threads or max(1, available_cores() // settings.workers),
-        onnx_file=settings.onnx_file,
-        max_batch_tokens=settings.max_batch_tokens,
-        matryoshka=settings.matryoshka_sizes,
-        inference_timeout=settings.inference_timeout,
-        limits=Limits(
-            max_concurrent_requests=settings.max_concurrent_requests,
-            max_queued_tokens=settings.max_queued_tokens,
-            max_request_tokens=settings.max_request_tokens,
-        ),
-    )

@@ -227,6 +227,7 @@ MISFRAMED = {
     "chunk-without-a-size": (TE, b"\r\n" + GOOD + b"\r\n0\r\n\r\n"),
     "chunk-of-text": (TE, b"size\r\n" + GOOD + b"\r\n0\r\n\r\n"),
     "unknown-transfer-encoding": (b"Transfer-Encoding: xchunked\r\n", chunked(GOOD, 9)),
+    "another-transfer-encoding": (b"Transfer-Encoding: gzip, chunked\r\n", chunked(GOOD, 9)),
     "nul-in-a-header": (CL + b"x-a: b\0c\r\n", GOOD),
     "a-header-without-a-name": (CL + b": b\r\n", GOOD),
     "a-header-without-a-colon": (CL + b"nonsense\r\n", GOOD),

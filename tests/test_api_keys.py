@@ -108,7 +108,7 @@ def test_reading_again(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert taken(keys) == {FIRST, GIVEN}
     keys.reload()
     assert taken(keys) == {SECOND, GIVEN}
-    assert "there are 2" in caplog.text
+    assert "(2 known)" in caplog.text
     assert not any(key in caplog.text for key in (FIRST, SECOND, GIVEN))
 
 

@@ -186,6 +186,13 @@ def test_an_unknown_key_of_the_file(toml: Path) -> None:
         load_settings({}, toml)
     for name in ("prot", "serving"):
         assert f"{toml}: there is no setting {name!r}" in str(caught.value)
+    assert "did you mean port?" in str(caught.value)
+
+
+def test_a_bad_value_of_the_file_is_told_with_the_file(toml: Path) -> None:
+    toml.write_text("port = true\n")
+    with pytest.raises(ConfigurationError, match=f"{toml}: --port .* true is neither a number"):
+        load_settings({}, toml)
 
 
 def test_a_file_that_is_not_toml(toml: Path) -> None:

@@ -58,6 +58,7 @@ def test_a_drain_as_clients_see_it() -> None:
             assert kept.recv(1) == b""
             assert not answer.done()
             assert answer.result().status_code == 200
+            assert answer.result().headers["connection"] == "close"
         assert server.process.wait(20) == 0
         assert "Traceback" not in server.log
 

@@ -98,7 +98,10 @@ def test_tls_asks_for_a_client_certificate(certificates: Path) -> None:
     ("arguments", "told"),
     [
         (("--tls-cert", "{}/missing.pem"), "can't read"),
-        (("--tls-cert", "{}/server.csr", "--tls-key", "{}/server.key"), "not a certificate"),
+        (
+            ("--tls-cert", "{}/server.csr", "--tls-key", "{}/server.key"),
+            "can't be used as a certificate",
+        ),
         (("--tls-cert", "{}/server.pem", "--tls-key", "{}/client.key"), "key values mismatch"),
         (("--tls-key", "{}/server.key"), "--tls-cert"),
         (("--tls-client-ca", "{}/ca.pem"), "--tls-cert"),

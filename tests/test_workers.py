@@ -209,3 +209,20 @@ def test_a_folder_of_metrics_that_is_somebody_elses(tmp_path: Path) -> None:
     folder = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "missing")}
     with running_server("--model", MODEL, env=folder) as server:
         assert "embedding_server_model_info" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_workers_that_can_not_be_replaced(tmp_path: Path) -> None:
+    """The log says why; without any left the server ends, so that who minds it is told."""
+    keys = tmp_path / "keys"
+    keys.write_text("first\n")
+    keys.chmod(0o600)
+    arguments = ("--model", MODEL, "--workers", "2", "--api-key-file", str(keys))
+    with running_server(*arguments) as server:
+        until(lambda: server.log.count("is ready (process") == 2)
+        keys.rename(tmp_path / "away")
+        first, second = workers_of(server)
+        os.kill(first, signal.SIGKILL)
+        until(lambda: f"worker 1 can't serve: --api-key-file {keys} can't be read" in server.log)
+        os.kill(second, signal.SIGKILL)
+        assert server.process.wait(30) == 1
+        assert server.log.rstrip().splitlines()[-1].startswith("embedding-server: --api-key-file")

@@ -33,13 +33,16 @@ def serve(settings: Settings) -> int:
         supervisor = Supervisor(settings)
         with listening(settings) as (listener, address):
             logger.info("listening on %s (API: /docs)", address)
-            return supervisor.run(listener)
-    from embedding_server.service import Service
+            code = supervisor.run(listener)
+    else:
+        from embedding_server.service import Service
 
-    service = Service(settings)
-    with listening(settings) as (listener, address):
-        logger.info("listening on %s (API: /docs)", address)
-        return service.run(listener)
+        service = Service(settings)
+        with listening(settings) as (listener, address):
+            logger.info("listening on %s (API: /docs)", address)
+            code = service.run(listener)
+    logger.info("ended")
+    return code
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
@@ -15,6 +16,8 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -275,6 +278,14 @@ class Settings(BaseSettings):
         rows = (row.partition("=") for row in self.matryoshka)
         return {name: tuple(int(size) for size in sizes.split(",")) for name, _, sizes in rows}
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"{str(value).lower()} is neither a number nor a text")
+        return value
+
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Settings:
         if not all(key.get_secret_value() for key in self.api_key):
@@ -344,7 +355,7 @@ def load_settings(flags: Mapping[str, object], config: Path | None = None) -> Se
     try:
         settings = Source(**dict(flags))  # type: ignore[arg-type]
     except ValidationError as error:
-        raise ConfigurationError(_explain(error, config)) from None
+        raise ConfigurationError(_explain(error, flags, config)) from None
     except ValueError as error:  # a TOML file that doesn't parse
         raise ConfigurationError(f"{config}: {error}") from None
     folder = settings.load_models_from
@@ -370,19 +381,23 @@ def _config_from_environment() -> Path | None:
     return Path(value) if value else None
 
 
-def _explain(error: ValidationError, config: Path | None) -> str:
+def _explain(error: ValidationError, flags: Mapping[str, object], config: Path | None) -> str:
     parts = []
     for problem in error.errors(include_url=False, include_input=False):
         name = str(problem["loc"][0]) if problem["loc"] else None
         message = str(problem["msg"]).removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":  # flags and variables can't be unknown here
-            parts.append(f"{config}: there is no setting {name!r}")
+            near = get_close_matches(str(name).replace("-", "_"), Settings.model_fields, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            parts.append(f"{config}: there is no setting {name!r}{hint}")
             continue
         if name is None:
             parts.append(message)
         else:
-            flag = "--" + name.replace("_", "-")
-            parts.append(f"{flag} (or {ENV_PREFIX}{name.upper()}): {message}")
+            flag, variable = "--" + name.replace("_", "-"), f"{ENV_PREFIX}{name.upper()}"
+            in_file = config is not None and name not in flags and not os.environ.get(variable)
+            where = f"{config}: " if in_file else ""
+            parts.append(f"{where}{flag} (or {variable}): {message}")
     return "; ".join(parts)
 
 

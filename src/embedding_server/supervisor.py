@@ -73,6 +73,7 @@ class Supervisor:
         self._settings = settings
         self._workers = [_Worker(number) for number in range(1, settings.workers + 1)]
         self._state = _State()
+        self._wake = asyncio.Event()  # ends the waits of all
 
     def run(self, listener: socket.socket) -> int:
         """Keep the workers running until told to stop; the exit code.
@@ -97,6 +98,7 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         keepers = [asyncio.create_task(self._keep(worker, listener)) for worker in self._workers]
         await self._state.draining.wait()
+        self._wake.set()
         listener.close()
         for worker in self._workers:
             worker.command("drain")
@@ -130,7 +132,7 @@ class Supervisor:
             )
             self._tell_siblings()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(state.draining.wait(), wait)
+                await asyncio.wait_for(self._wake.wait(), wait)
 
     async def _run_once(self, worker: _Worker, listener: socket.socket) -> int:
         """Run ``worker`` from its start to its end; its exit code."""
@@ -174,8 +176,13 @@ class Supervisor:
             loop = asyncio.get_running_loop()
             worker.steady = loop.call_later(_STEADY_SECONDS, self._steady, worker)
             logger.info("worker %d is ready (process %d)", worker.number, worker.process.pid)
-        elif what == "failed" and not self._state.was_ready:
-            self._state.failure = json.loads(message)
+        elif what == "failed":
+            reason = json.loads(message)
+            running = [other for other in self._workers if other.process and other is not worker]
+            if self._state.was_ready and running:
+                logger.error("worker %d can't serve: %s", worker.number, reason)
+            else:  # who restarts the server must know that nobody answers any more
+                self._state.failure = reason
 
     def _steady(self, worker: _Worker) -> None:
         worker.ends = 0
@@ -193,6 +200,8 @@ class Supervisor:
         self._state.draining.set()
 
     def _reload(self) -> None:
+        self._wake.set()  # what kept a worker from starting may be mended
+        self._wake.clear()
         for worker in self._workers:
             worker.command("reload")
 

@@ -38,7 +38,7 @@ class ApiKeys:
         self._file = file
         self._digests = self._given if file is None else (*self._given, *_read(file))
         if self._digests:
-            logger.info("requests need an API key (there are %d)", len(self._digests))
+            logger.info("requests need an API key (%d known)", len(self._digests))
 
     def __bool__(self) -> bool:
         """Whether a key is needed at all; it stays so."""
@@ -54,7 +54,7 @@ class ApiKeys:
         except ConfigurationError as error:
             logger.error("The API keys stay as they were: %s", error)
         else:
-            logger.info("API keys are read again (there are %d)", len(self._digests))
+            logger.info("API keys are read again (%d known)", len(self._digests))
 
     def problem(self, headers: Sequence[bytes]) -> str | None:
         """What is wrong with a request of these Authorization ``headers``; None lets it in."""

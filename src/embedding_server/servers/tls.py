@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ class ReloadableContext(ssl.SSLContext):
         except ssl.SSLError as error:
             files = " and ".join(str(file) for file in (self._certificate, self._key) if file)
             raise ConfigurationError(
-                f"--tls-cert and --tls-key: {files} are not a certificate and its key in PEM "
-                f"format ({_reason(error)})."
+                f"--tls-cert and --tls-key: {files} can't be used as a certificate and its key in "
+                f"PEM format ({_reason(error)})."
             ) from None
         if self._client_authorities is not None:
             _check_readable("--tls-client-ca", self._client_authorities)
@@ -84,4 +85,5 @@ def _no_password() -> str:
 
 
 def _reason(error: ssl.SSLError) -> str:
-    return (error.reason or str(error)).lower().replace("_", " ")
+    told = error.reason or re.sub(r"^\[.*?\] | \(.*\)$", "", str(error))
+    return told.lower().replace("_", " ")

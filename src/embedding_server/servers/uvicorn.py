@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http
+import logging
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,10 @@ from embedding_server.servers.base import (
 )
 
 __all__ = ["UvicornServer"]
+
+logger = logging.getLogger(__name__)
+
+_CUT_SECONDS = 1
 
 _TE = b"transfer-encoding"
 _TE_LENGTH = len(_TE)
@@ -92,14 +97,21 @@ class _Server(uvicorn.Server):
         end = loop.time() + self.config.options.drain_timeout
         while (tasks := set(self.server_state.tasks)) and loop.time() < end:
             await asyncio.wait(tasks, timeout=end - loop.time())
-        # What is left is cancelled, and told so by the application.
-        self.config.timeout_graceful_shutdown = max(0, end - loop.time())  # type: ignore[assignment]
+        if tasks:
+            logger.error("--drain-timeout is over: %d requests are cut", len(tasks))
+            for task in tasks:
+                task.cancel()  # the application tells the client
+            await asyncio.wait(tasks, timeout=_CUT_SECONDS)
+        self.config.timeout_graceful_shutdown = _CUT_SECONDS
         await super().shutdown(sockets)
 
     def _stop_listening(self) -> None:
         self.config.draining = True
         for server in self.servers:
             server.close()
+        for connection in self.server_state.connections:
+            if isinstance(connection, _Http1) and connection.cycle is not None:
+                connection.cycle.keep_alive = False  # so that its answer says so
 
 
 class _Http1(HttpToolsProtocol):

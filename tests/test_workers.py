@@ -183,7 +183,8 @@ def test_a_failure_that_is_over_is_forgotten(tiny_model: Path, tmp_path: Path) -
 def test_workers_of_a_supervisor_that_hears_nothing_any_more() -> None:
     """It is stopped, and killed with their words unread."""
     with running_server("--model", MODEL, "--workers", "2", wait=False) as server:
-        until(lambda: len(workers_of(server)) == 2)
+        # Before that a worker has no settings, and connections wait for one that has.
+        assert httpx.get(f"{server.url}/health/live", timeout=60).status_code == 200
         workers = workers_of(server)
         server.process.send_signal(signal.SIGSTOP)
         until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 200)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from script_module import load_script
 
 from embedding_server.settings import rows
 from embedding_server.telemetry import METRICS, Telemetry
@@ -22,16 +21,7 @@ PAGES = [f"docs/{name}.md" for name in ("settings", "cli", "metrics", "models", 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
     """scripts/docs as a module."""
-    loader = SourceFileLoader("generate_docs", str(ROOT / "scripts" / "docs"))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = before
-    return module
+    return load_script("docs")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine", "backends"),
     ("models",),
     ("api", "embedder", "writers"),
-    ("app", "servers", "listener", "corpus", "verify"),
+    ("app", "servers", "listener", "signals", "corpus", "verify"),
     ("service",),
     ("worker", "supervisor"),
     ("server", "inventory", "bench"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -19,21 +20,25 @@ from embedding_server.servers.base import SERVERS
 MODEL = "all-MiniLM-L6-v2"
 
 
+def drip(connection: socket.socket, drop: bytes) -> bytes:
+    """Send ``drop`` again and again, so that it is never idle, until there is an answer."""
+    connection.setblocking(False)
+    answer = b""
+    while not answer:
+        connection.send(drop)
+        time.sleep(0.02)
+        with contextlib.suppress(BlockingIOError):
+            answer = connection.recv(65536)
+    return answer
+
+
 def test_a_header_that_never_ends(tiny_model: Path) -> None:
     with (
         serving(model=(str(tiny_model),), header_timeout=0.5) as server,
         connect(server.url) as connection,
     ):
         connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\nx-slow: ")
-        connection.setblocking(False)
-        answer = b""
-        while not answer:  # drop by drop, so that the connection is never idle
-            connection.send(b"a")
-            time.sleep(0.02)
-            try:
-                answer = connection.recv(65536)
-            except BlockingIOError:
-                answer = b""
+        answer = drip(connection, b"a")
         error_of(parse(answer), 408)
 
 
@@ -92,15 +97,7 @@ def test_a_body_that_is_drip_fed(tiny_model: Path, name: str) -> None:
         connect(server.url) as connection,
     ):
         connection.sendall(head)
-        connection.setblocking(False)
-        answer = b""
-        while not answer:
-            connection.send(b" ")
-            time.sleep(0.02)
-            try:
-                answer = connection.recv(65536)
-            except BlockingIOError:
-                answer = b""
+        answer = drip(connection, b" ")
         assert error_of(parse(answer), 408)["code"] == "request_timeout"
 
 

@@ -6,9 +6,14 @@ import logging
 import os
 import signal
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from embedding_server.listener import listening
 from embedding_server.settings import Settings
+
+if TYPE_CHECKING:
+    from embedding_server.service import Service
+    from embedding_server.supervisor import Supervisor
 
 __all__ = ["serve"]
 
@@ -27,20 +32,18 @@ def serve(settings: Settings) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what it would read is read now
     for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
         os.environ.pop(name, None)  # somebody else's: only a supervisor gives one to its workers
-    if settings.workers > 1:
+    runner: Service | Supervisor
+    if settings.workers > 1:  # which needs none of what a service loads
         from embedding_server.supervisor import Supervisor
 
-        supervisor = Supervisor(settings)
-        with listening(settings) as (listener, address):
-            logger.info("listening on %s (API: /docs)", address)
-            code = supervisor.run(listener)
+        runner = Supervisor(settings)
     else:
         from embedding_server.service import Service
 
-        service = Service(settings)
-        with listening(settings) as (listener, address):
-            logger.info("listening on %s (API: /docs)", address)
-            code = service.run(listener)
+        runner = Service(settings)
+    with listening(settings) as (listener, address):
+        logger.info("listening on %s (API: /docs)", address)
+        code = runner.run(listener)
     logger.info("ended")
     return code
 

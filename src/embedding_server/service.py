@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from embedding_server.models.registry import Registry
 from embedding_server.servers.base import ServerOptions, server_class
 from embedding_server.servers.tls import ReloadableContext
 from embedding_server.settings import Settings
+from embedding_server.signals import mind_signals
 
 __all__ = ["Service"]
 
@@ -26,9 +25,6 @@ logger = logging.getLogger(__name__)
 # Net allocations between collections of garbage, against Python's own 700: a request leaves none
 # in circles, and looking for it took 4 % of a core (docs/performance.md).
 _GC_ALLOCATIONS = 5_000
-
-_PROTOCOLS = {"uvicorn": ["http/1.1"], "hypercorn": ["h2", "http/1.1"]}
-"""What each server speaks over TLS, by its name for ALPN."""
 
 
 class Service:
@@ -49,7 +45,6 @@ class Service:
         self._on_start = on_start
         self._on_loaded = on_loaded
         self._load_error: Exception | None = None
-        self._told_to_end = False
         make_server = server_class(settings.server)
         self._tls: ReloadableContext | None = None
         if settings.tls_cert is not None:
@@ -57,7 +52,7 @@ class Service:
                 settings.tls_cert,
                 settings.tls_key,
                 settings.tls_client_ca,
-                protocols=_PROTOCOLS[settings.server],
+                protocols=make_server.protocols,
             )
         self.app = create_app(settings, on_loaded=self._loaded, on_load_error=self._not_loaded)
         self._server = make_server(self.app, ServerOptions.from_settings(settings, self._tls))
@@ -95,21 +90,8 @@ class Service:
                 logger.error("The old TLS files stay in use. %s", error)
 
     def _start(self) -> None:
-        if sys.platform != "win32":  # whose loops know no signals
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self._end, number)
-            loop.add_signal_handler(signal.SIGHUP, self.reload)
+        mind_signals(drain=self.drain, cut=lambda: None, reload=self.reload)
         self._on_start()
-
-    def _end(self, number: int) -> None:
-        if self._told_to_end:
-            logger.warning("told twice to end: requests under way are cut")
-            logging.shutdown()
-            os._exit(128 + number)
-        self._told_to_end = True
-        logger.info("draining: requests under way are finished")
-        self.drain()
 
     def _loaded(self) -> None:
         self._on_loaded()

@@ -14,11 +14,12 @@ import socket
 import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from embedding_server.errors import ConfigurationError
 from embedding_server.settings import Settings
+from embedding_server.signals import mind_signals
 
 __all__ = ["Supervisor"]
 
@@ -51,16 +52,6 @@ class _Worker:
             self.control.write(line.encode() + b"\n")
 
 
-@dataclass(slots=True)
-class _State:
-    draining: asyncio.Event = field(default_factory=asyncio.Event)
-    was_ready: bool = False
-    """Whether any worker ever was."""
-    failure: str | None = None
-    """Why none could start."""
-    signals: int = 0
-
-
 class Supervisor:
     """Starts ``settings.workers`` processes that accept from one socket, and minds them.
 
@@ -72,8 +63,10 @@ class Supervisor:
             raise ConfigurationError("--workers can't be had on Windows: leave it out.")
         self._settings = settings
         self._workers = [_Worker(number) for number in range(1, settings.workers + 1)]
-        self._state = _State()
+        self._draining = asyncio.Event()
         self._wake = asyncio.Event()  # ends the waits of all
+        self._was_ready = False  # any of them, ever
+        self._failure: str | None = None  # why none can serve
 
     def run(self, listener: socket.socket) -> int:
         """Keep the workers running until told to stop; the exit code.
@@ -92,12 +85,9 @@ class Supervisor:
             return asyncio.run(self._run(listener))
 
     async def _run(self, listener: socket.socket) -> int:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end, number)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        mind_signals(drain=self._draining.set, cut=self._cut, reload=self._reload)
         keepers = [asyncio.create_task(self._keep(worker, listener)) for worker in self._workers]
-        await self._state.draining.wait()
+        await self._draining.wait()
         self._wake.set()
         listener.close()
         for worker in self._workers:
@@ -107,22 +97,21 @@ class Supervisor:
             logger.error("%d workers did not end in time, and are killed", len(late))
             self._kill()
             await asyncio.wait(late)
-        if self._state.failure is not None:
-            raise ConfigurationError(self._state.failure)
+        if self._failure is not None:
+            raise ConfigurationError(self._failure)
         return 0
 
     async def _keep(self, worker: _Worker, listener: socket.socket) -> None:
         """Run ``worker``, again and again."""
-        state = self._state
-        while not state.draining.is_set():
+        while not self._draining.is_set():
             try:
                 end = _told(await self._run_once(worker, listener))
             except OSError as error:  # no memory, process or descriptor is to be had now
                 end = f"no process ({error.strerror})"
-            if state.draining.is_set():
+            if self._draining.is_set():
                 return
-            if state.failure is not None:
-                state.draining.set()  # nothing would be better the next time
+            if self._failure is not None:
+                self._draining.set()  # nothing would be better the next time
                 return
             worker.ends += 1
             wait = min(_FIRST_WAIT * 2 ** (worker.ends - 1), _LONGEST_WAIT)
@@ -154,7 +143,7 @@ class Supervisor:
         process.stdin.write(pickle.dumps(dict(self._settings)))
         process.stdin.close()
         self._tell_siblings()
-        if self._state.draining.is_set():  # since it was begun
+        if self._draining.is_set():  # since it was begun
             worker.command("drain")
         try:
             with contextlib.suppress(ConnectionError):  # it was killed
@@ -171,7 +160,7 @@ class Supervisor:
     def _hear(self, worker: _Worker, line: str) -> None:
         what, _, message = line.partition(" ")
         if what == "ready":
-            self._state.was_ready = True
+            self._was_ready = True
             assert worker.process is not None
             loop = asyncio.get_running_loop()
             worker.steady = loop.call_later(_STEADY_SECONDS, self._steady, worker)
@@ -179,25 +168,18 @@ class Supervisor:
         elif what == "failed":
             reason = json.loads(message)
             running = [other for other in self._workers if other.process and other is not worker]
-            if self._state.was_ready and running:
+            if self._was_ready and running:
                 logger.error("worker %d can't serve: %s", worker.number, reason)
             else:  # who restarts the server must know that nobody answers any more
-                self._state.failure = reason
+                self._failure = reason
 
     def _steady(self, worker: _Worker) -> None:
         worker.ends = 0
         self._tell_siblings()
 
-    def _end(self, number: int) -> None:
-        self._state.signals += 1
-        if self._state.signals > 1:
-            logger.warning("told twice to end: requests under way are cut")
-            self._kill()
-            shutil.rmtree(self._metrics, ignore_errors=True)
-            logging.shutdown()
-            os._exit(128 + number)
-        logger.info("draining: requests under way are finished")
-        self._state.draining.set()
+    def _cut(self) -> None:
+        self._kill()
+        shutil.rmtree(self._metrics, ignore_errors=True)
 
     def _reload(self) -> None:
         self._wake.set()  # what kept a worker from starting may be mended

@@ -106,16 +106,13 @@ class Body:
         assert task is not None
         self._bodies.watch(task)
         try:
-            body = await self._read(request)
+            return await self._read(request)
         except asyncio.CancelledError:
             if self._bodies.leave(task) or task.uncancel() > 0:  # by another, too
                 raise
             raise self._bodies.too_slow() from None
-        except BaseException:
+        finally:
             self._bodies.leave(task)
-            raise
-        self._bodies.leave(task)
-        return body
 
     async def _read(self, request: Request) -> bytes:
         # Of two equal ones the first, as everywhere.

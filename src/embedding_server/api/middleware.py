@@ -179,8 +179,8 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 class DirectRoutes:
     """Calls ``endpoints`` by method and path, and the application for everything else.
 
-    The routes stand in the application, too, for its documentation and for paths behind a
-    prefix; going through its router would take longer than all that we do to a short request.
+    The routes stand in the application, too, for its documentation; going through its router
+    would take longer than all that we do to a short request.
     """
 
     def __init__(self, app: ASGIApp, *, endpoints: Mapping[tuple[str, str], Endpoint]) -> None:

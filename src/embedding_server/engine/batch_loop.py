@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from embedding_server.backends.base import Backend
 from embedding_server.engine.batch import Batch, Encoding, Entry
 from embedding_server.engine.cores import Cores
-from embedding_server.engine.postprocess import finite_rows
+from embedding_server.engine.postprocess import all_finite
 from embedding_server.engine.scheduler import Scheduler
 from embedding_server.engine.stages import Stages
 from embedding_server.engine.throughput import Throughput
@@ -72,6 +72,8 @@ class _Running:
     rows: Sequence[int]
     """The row of each entry in the batch; equal inputs share one."""
     batch: Batch
+    stages: Collection[Stages]
+    """Of the requests that are traced."""
     cores: int
     started: float
     vectors: asyncio.Future[NDArray[np.float32]]
@@ -209,13 +211,14 @@ class BatchLoop:
             started = time.perf_counter()
             work = partial(self._backend.embed, batch, wide=wide)
             vectors = self._cores.run(work, cores, owner=self._name)
-            for stages in _stages_of(entries):
+            traced = _stages_of(entries)
+            for stages in traced:
                 stages.batch_started(started)
         except Exception:  # no memory, or no thread
             self._cores.release(cores)
             self._batch_failed(entries)
             return None
-        return _Running(entries, rows, batch, cores, started, vectors)
+        return _Running(entries, rows, batch, traced, cores, started, vectors)
 
     async def _end(self, running: _Running) -> None:
         trouble = await self._settle(running)
@@ -249,7 +252,7 @@ class BatchLoop:
         else:
             return self._deliver(running, vectors)
         finally:
-            for stages in _stages_of(entries):
+            for stages in running.stages:
                 stages.batch_ended(time.perf_counter())
         return ""
 
@@ -307,22 +310,16 @@ class BatchLoop:
         entries, batch = running.entries, running.batch
         self._measure(running, time.perf_counter() - running.started)
         try:
-            finite = finite_rows(vectors, (len(batch), self._backend.dims))
+            finite = all_finite(vectors, (len(batch), self._backend.dims))
+            fault = told = "" if finite else "values that are not finite"
         except ValueError as error:
+            fault, told = str(error), "an answer of the wrong shape or kind"
+        if fault:
             if len(batch) > 1:
-                return f"gave {error}"
+                return f"gave {fault}"
             self._metrics.failed_batches.inc()
-            logger.error("%s gave %s", self._name, error)
-            message = "The model gave an answer of the wrong shape or kind for this request."
-            self._fail(entries, InferenceFailed, message)
-            return ""
-        if not all(finite):
-            if len(batch) > 1:
-                return "gave values that are not finite"
-            self._metrics.failed_batches.inc()
-            logger.error("%s gave values that are not finite", self._name)
-            message = "The model gave values that are not finite for this request."
-            self._fail(entries, InferenceFailed, message)
+            logger.error("%s gave %s", self._name, fault)
+            self._fail(entries, InferenceFailed, f"The model gave {told} for this request.")
             return ""
         for entry, row in zip(entries, running.rows, strict=True):
             _request_of(entry).deliver(entry.places, vectors[row])

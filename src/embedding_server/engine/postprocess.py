@@ -7,13 +7,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["OutputDtype", "finite_rows", "layer_norm", "normalize", "postprocess", "quantize"]
+__all__ = ["OutputDtype", "all_finite", "layer_norm", "normalize", "postprocess", "quantize"]
 
 OutputDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
 
 
-def finite_rows(vectors: object, shape: tuple[int, int]) -> list[bool]:
-    """Which rows of a backend's answer have no NaN and no infinity.
+def all_finite(vectors: object, shape: tuple[int, int]) -> bool:
+    """Whether a backend's answer has no NaN and no infinity.
 
     Raises ValueError if it is anything but a float32 array of ``shape``.
     """
@@ -23,7 +23,7 @@ def finite_rows(vectors: object, shape: tuple[int, int]) -> list[bool]:
         raise ValueError(f"{vectors.dtype} instead of float32")
     if vectors.shape != shape:
         raise ValueError(f"the wrong shape {vectors.shape} instead of {shape}")
-    return [bool(good) for good in np.asarray(np.isfinite(vectors).all(axis=1))]
+    return bool(np.isfinite(vectors).all())
 
 
 def postprocess(

@@ -9,7 +9,7 @@ import ssl
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 from starlette.types import ASGIApp
 
@@ -77,6 +77,9 @@ class ServerOptions:
 
 class AsgiServer(Protocol):
     """Serves one application in this process."""
+
+    protocols: ClassVar[list[str]]
+    """What it speaks over TLS, best first, by the names of ALPN (RFC 7301)."""
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None: ...
 

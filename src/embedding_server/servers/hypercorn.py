@@ -8,7 +8,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import h2.events
 import h11
@@ -38,6 +38,8 @@ _UNLIMITED = 2**31
 
 class HypercornServer:
     """See ``AsgiServer``; a request's header may take as long as a connection may be idle."""
+
+    protocols: ClassVar = ["h2", "http/1.1"]
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
         self._app = app

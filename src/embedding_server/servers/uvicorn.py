@@ -8,7 +8,7 @@ import http
 import logging
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import httptools
 import uvicorn
@@ -34,6 +34,8 @@ _TE_LENGTH = len(_TE)
 
 class UvicornServer:
     """See ``AsgiServer``."""
+
+    protocols: ClassVar = ["http/1.1"]
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
         self._server = _Server(_Config(app, options))

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The command line, run from a checkout, with what scripts/install has put into its .venv."""
 
 import os

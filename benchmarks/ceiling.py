@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The engine's own ceiling: how many requests a second the backend alone would do.
 
 As a program it is a process of its own, as the servers are. It reads ``WORKLOAD CONNECTIONS

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Measures this server against its peers, in turns; ``compare`` is its command."""
 
 # ruff: noqa: S603, T201

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Make the folder that infinity's ONNX engine takes, from a sentence-transformers model.
 
 Runs in the peers' environment: ``export_onnx.py FOLDER``. The graph is what ``optimum`` exports,

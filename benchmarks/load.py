@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """wrk as the load, and what it counted."""
 
 # ruff: noqa: S603

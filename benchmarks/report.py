@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What `compare` found, as JSON, as tables for the terminal and for the docs, and as a plot.
 
 Pure: results in, text out.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The servers that are compared: how each is started, asked, put to sleep, measured and ended."""
 
 # ruff: noqa: S603

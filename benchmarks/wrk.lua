@@ -1,3 +1,4 @@
+-- SPDX-License-Identifier: MIT OR Apache-2.0
 -- The load of `compare`: sends the bodies of a file in turn, waits for the last answer, and
 -- prints one line of JSON.
 --

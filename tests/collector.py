@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """A collector of OpenTelemetry on loopback: takes OTLP over HTTP in protobuf, and keeps it."""
 
 from __future__ import annotations

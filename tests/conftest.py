@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What many tests share: one live server with the real model, and its reference vectors."""
 
 from __future__ import annotations

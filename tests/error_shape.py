@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The one shape that every error has over HTTP."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Backends for ``BACKENDS`` that fail, or wait until a test lets them go on."""
 
 from __future__ import annotations

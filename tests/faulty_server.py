@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """``embedding-server`` with the backend ``Faulty`` in the place of onnx: a program to be run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What any bytes as a request's body, or as a text, must come to; see tests/test_fuzz.py.
 
 ``python tests/fuzz_requests.py -max_total_time=60`` looks for more with atheris, led by the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """A stand-in for the model hub on loopback: what huggingface_hub's client asks, from local folders.
 
 As on the real hub, large files have a sha256 for an etag and lie on another host (here: port), to

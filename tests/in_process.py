@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The application on a real socket of this process, where a test can put a fault into it."""
 
 from __future__ import annotations

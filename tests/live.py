@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """A real server process on a free loopback port, as a user would start it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Where the real all-MiniLM-L6-v2 lies on this machine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Requests as bytes on a socket, for what no HTTP client would send."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The programs in ``scripts`` that are Python, as modules."""
 
 from __future__ import annotations

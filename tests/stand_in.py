@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """A stand-in for the server that the benchmarks measure: it answers as it is told to."""
 
 from __future__ import annotations

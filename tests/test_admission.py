@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """How many bytes of bodies a server holds at a time, and what it says past them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Every field of ``/v1/embeddings``, and everything that may come instead of one."""
 
 from __future__ import annotations

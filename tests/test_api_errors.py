@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """One shape for every error of every route, and each row of the table of statuses."""
 
 from __future__ import annotations

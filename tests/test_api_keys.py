@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Keys: which are taken, what a request without one is told, and a file that is read again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """scripts/audit: a known vulnerability fails, and what can't be asked is said."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The contract of every backend: sentence-transformers' vectors, whatever the model's shape."""
 
 from __future__ import annotations

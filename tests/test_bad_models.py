@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Model files that are cut, swapped, or that lie: refused at the start, by file and fault."""
 
 from __future__ import annotations

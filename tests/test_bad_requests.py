@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Nasty requests as bytes on a socket: each has its answer, and the next good one is served."""
 
 from __future__ import annotations

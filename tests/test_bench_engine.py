@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """``embedding-server bench engine``, and the arithmetic behind its figures."""
 
 from __future__ import annotations

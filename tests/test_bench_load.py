@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The benchmarks' load: what is sent and when, and what counts as latency and as failure."""
 
 from __future__ import annotations

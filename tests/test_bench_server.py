@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """``embedding-server bench``: servers under load, as its users run it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The benchmarks' workloads: the same texts everywhere, and of the stated lengths."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What pages in browsers, and probes, may ask: CORS, nosniff, and HEAD where GET is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """``embedding-server models``, and how ``serve`` starts and fails to start."""
 
 from __future__ import annotations

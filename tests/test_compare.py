@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """`benchmarks/compare`: its arithmetic, its pages, its load, and a short run of it."""
 
 from __future__ import annotations

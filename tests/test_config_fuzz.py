@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Any config.json gives sentence-transformers' vectors or is refused: none is silently wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """``x-request-timeout``: 504 past it, wherever the request is by then, and no work for it after."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Full disks, caches that can't be written and downloads that broke off: told, and got over.
 
 The disks are real: small file systems in memory, in a mount namespace of the process's own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The generated pages are what the code says: undocumented means failing."""
 
 from __future__ import annotations

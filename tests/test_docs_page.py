@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """``/docs``: it holds all that the document does, loads nothing, and its commands work."""
 
 from __future__ import annotations

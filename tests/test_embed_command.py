@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """``embedding-server embed``, as its users run it: files and standard input to vectors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """``from embedding_server import Embedder``: the engine in a script, a notebook, a thread pool."""
 
 from __future__ import annotations

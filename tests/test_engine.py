@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The engine with fakes around it: batching, failure, admission and the end, step by step."""
 
 from __future__ import annotations

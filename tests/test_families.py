@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Every family against sentence-transformers, on tiny random models in its hub's layout."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """A server process whose backend fails as it is told to, while others ask for right vectors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Any bytes as a body and any text for a tokenizer: a result within the limits, or a reason."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The product's promise: sentence-transformers' vectors of the real model, through HTTP."""
 
 from __future__ import annotations

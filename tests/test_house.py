@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The house rules that a machine can hold: floors, names, and what is imported when."""
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import embedding_server
 
 PACKAGE = "embedding_server"
 SOURCE = Path(embedding_server.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground up. A module stands on the floor of its longest prefix here; it may import what
 # is below it, and what stands under the same prefix.
@@ -173,6 +175,26 @@ def test_only_exported_names_are_imported(name: str) -> None:
 def test_every_module_says_what_it_is(name: str) -> None:
     docstring = ast.get_docstring(MODULES[name])
     assert docstring, f"{name} has no docstring"
+
+
+def test_every_file_of_code_names_its_licence() -> None:
+    """In the form of https://spdx.dev/learn/handling-license-info, which scanners read."""
+    folders = ("src", "tests", "scripts", "benchmarks", ".ci", "deploy", "nix", ".github")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()]
+    files += [ROOT / name for name in ("Dockerfile", "flake.nix", "embedding-server.py")]
+    code = [
+        file
+        for file in files
+        if file.exists() and file.stat().st_size and "__pycache__" not in file.parts
+        if file.suffix in {".py", ".c", ".lua", ".nix", ".yml", ".yaml", ".service", ".socket"}
+        or file.name == "Dockerfile"
+        or file.read_bytes()[:2] == b"#!"
+    ]
+    assert len(code) > 150
+    for file in code:
+        head = file.read_text(encoding="utf-8").splitlines()[:2]
+        named = [line for line in head if "SPDX-License-Identifier: MIT OR Apache-2.0" in line]
+        assert named, f"{file} has no SPDX line"
 
 
 def test_no_name_says_nothing() -> None:

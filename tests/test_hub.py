@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Finding, downloading and saving models; nothing here leaves the loopback interface.
 
 The hub is a stand-in.

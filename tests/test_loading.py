@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Folders as they lie on real machines, in good and in bad order, to vectors or to a refusal."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Texts of many MB: the tokens of the whole, in bounded memory, and in nobody's way."""
 
 from __future__ import annotations

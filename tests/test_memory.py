@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Resident memory of a server that has worked for a while."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What a process connects to: the hub it was asked for, and nothing else, ever.
 
 Each runs twice under observation: Python's own audit events tell what Python opens or looks up, and

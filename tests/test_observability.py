@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What an operator sees: the metrics page, the log lines, and health under load."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The official ``openai`` client against a live server."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The OpenAPI document is whole, and true of what the routes take and answer."""
 
 from __future__ import annotations

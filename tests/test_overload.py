@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Four times the load that a server can bear: it does as much as ever, and refuses the rest."""
 
 from __future__ import annotations

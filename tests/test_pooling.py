@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Pooling and dense layers in numpy against sentence-transformers' own modules."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Post-processing against PyTorch and sentence-transformers, and each row on its own."""
 
 from __future__ import annotations

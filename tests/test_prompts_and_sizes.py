@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Prompts and Matryoshka sizes, through a live server, against sentence-transformers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Every command and example of the README, run as a newcomer would, in a fresh checkout."""
 
 from __future__ import annotations
@@ -18,24 +19,14 @@ from pathlib import Path
 import httpx
 import pytest
 from live import environment
+from readme import before_deployment, blocks, commands
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+README = before_deployment()
+COMMANDS = commands(README)
 # A newcomer's machine has no environment of ours around it.
 INSTALL_SECONDS = 900
 SERVE = "scripts/serve --model all-MiniLM-L6-v2"
-
-
-def commands() -> list[str]:
-    """Each ``$`` line of the console blocks, with the lines that continue it."""
-    text = "\n".join(body for language, body in BLOCKS if language == "console")
-    joined = text.replace("\\\n", " ")
-    return [line[2:].strip() for line in joined.splitlines() if line.startswith("$ ")]
-
-
-def blocks(language: str) -> list[str]:
-    return [body for kind, body in BLOCKS if kind == language]
 
 
 def free_port() -> int:
@@ -88,7 +79,7 @@ def serving(checkout: Path, command: str, port: int) -> Iterator[subprocess.Pope
 @pytest.fixture(scope="module")
 def port(checkout: Path) -> Iterator[int]:
     """The port of the server that the README's first command installs and starts."""
-    assert commands()[0] == SERVE
+    assert COMMANDS[0] == SERVE
     number = free_port()
     with serving(checkout, SERVE, number):
         yield number
@@ -109,8 +100,8 @@ def run(checkout: Path, command: str, timeout: float = 120) -> str:
 
 
 def test_the_two_commands_lead() -> None:
-    assert commands()[0].startswith("scripts/serve")
-    assert "scripts/test" in commands()[:3]
+    assert COMMANDS[0].startswith("scripts/serve")
+    assert "scripts/test" in COMMANDS[:3]
 
 
 def test_the_server_is_installed_without_torch(checkout: Path, port: int) -> None:
@@ -128,9 +119,9 @@ def test_a_second_start_does_not_ask_the_index(checkout: Path, port: int) -> Non
 
 
 def test_the_request_and_its_answer(checkout: Path, port: int) -> None:
-    (curl,) = [command for command in commands() if command.startswith("curl")]
+    (curl,) = [command for command in COMMANDS if command.startswith("curl")]
     found = json.loads(run(checkout, curl.replace(":5000/", f":{port}/")))
-    shown = json.loads(blocks("json")[0])
+    shown = json.loads(blocks(README, "json")[0])
     for item, shown_item in zip(found["data"], shown["data"], strict=True):
         first = shown_item["embedding"][:-1]
         assert [round(value, 6) for value in item["embedding"][: len(first)]] == first
@@ -139,7 +130,7 @@ def test_the_request_and_its_answer(checkout: Path, port: int) -> None:
 
 
 def test_httpie(checkout: Path, port: int) -> None:
-    (command,) = [command for command in commands() if command.startswith("http ")]
+    (command,) = [command for command in COMMANDS if command.startswith("http ")]
     command = command.replace("http get", "http --ignore-stdin --body get").replace(
         "5000", f"{port}"
     )
@@ -147,7 +138,7 @@ def test_httpie(checkout: Path, port: int) -> None:
     assert [len(item["embedding"]) for item in found["data"]] == [384, 384]
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["openai", "embedder"])
+@pytest.mark.parametrize("code", blocks(README, "python"), ids=["openai", "embedder"])
 def test_python_examples(code: str, checkout: Path, port: int) -> None:
     code = code.replace(":5000/", f":{port}/")
     done = subprocess.run(
@@ -166,7 +157,7 @@ def test_python_examples(code: str, checkout: Path, port: int) -> None:
 def other_commands() -> list[str]:
     return [
         command
-        for command in commands()
+        for command in COMMANDS
         if not command.startswith(("curl", "http ")) and command not in (SERVE, "scripts/test")
     ]
 

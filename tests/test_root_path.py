@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Behind a real proxy with a prefix, be it one that takes the prefix off or one that doesn't."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The scheduler: fair between requests, near in length, within the budget, and nothing lost."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Schemathesis, as its users run it, over the whole document of a live server."""
 
 from __future__ import annotations

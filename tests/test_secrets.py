@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """No key stands in the list of processes, in a log, in an error or in a metric."""
 
 from __future__ import annotations

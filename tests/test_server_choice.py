@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What every ``--server`` must do the same, over real sockets; and what only one can."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Settings and the command line: who wins, what is refused and in which words, what help loads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Clients that are slow, silent, greedy, or many."""
 
 from __future__ import annotations

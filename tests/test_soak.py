@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Half an hour of everything at once; ``SOAK_SECONDS`` makes it shorter."""
 
 from __future__ import annotations

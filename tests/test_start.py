@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The one promise about time: how soon the server answers after its start, and in what memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """How a server ends, and what a signal changes while it goes on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The tiny models are what they claim: whole, lively, and in the layouts of real repositories."""
 
 from __future__ import annotations

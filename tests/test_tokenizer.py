@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The tokenizer: transformers' token ids, cut as sentence-transformers cuts, and never silently."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Every family's tokenizer gives transformers' ids, whatever the repository's files say."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Traces as a collector gets them, over a real socket, from a real server."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """``models verify`` and ``models info``, as a user runs them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Several processes behind one port, and who minds them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Tiny random-weight embedding models on disk, in the layouts of the Hugging Face hub.
 
 Each ``make_*`` function writes one folder as a repository of that family has it: field names of

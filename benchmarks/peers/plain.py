@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What one writes in ten minutes: sentence-transformers behind FastAPI and hypercorn.
 
 ``plain.py MODEL_FOLDER PORT`` serves ``POST /v1/embeddings`` in OpenAI's shape.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Sentence embeddings, over HTTP or in Python: exact to sentence-transformers, without torch."""
 
 from __future__ import annotations

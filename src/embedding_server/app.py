@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Wires settings, models and routes into one ASGI application."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Takes secrets out of the command line, which everyone on the machine can read with ``ps``.
 
 It imports nothing heavy, so that they stand there for some hundredths of a second only.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The command line: ``embedding-server serve | models | embed | bench``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The ``embed`` command: texts from files to vectors in files, in order and in bounded memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The engine without a server, for scripts and notebooks."""
 
 from __future__ import annotations

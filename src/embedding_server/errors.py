@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Every error this package raises on purpose; none of them knows HTTP.
 
 ::

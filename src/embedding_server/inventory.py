@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The ``models`` command: what there is, what it is, where it lies, and saving it elsewhere."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The socket that requests come in by, had before models are loaded: a taken port fails at once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Log lines for people, or as JSON objects for collectors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """From settings to the exit code: one process that serves, or several and one that minds them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """One process that serves: its signals, its files that are read again, its end."""
 
 from __future__ import annotations

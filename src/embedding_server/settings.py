@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Every setting, one row each: flag, environment variable, TOML key and docs come from here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What signals mean to a process that serves, or that minds those that do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """``--workers``: several processes behind one port; one that ends is replaced."""
 
 from __future__ import annotations

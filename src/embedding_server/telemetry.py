@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Every metric, named in one place; label values are routes of ours and served models only."""
 
 from __future__ import annotations

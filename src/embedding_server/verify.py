@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The ``models verify`` command: this server's vectors against sentence-transformers' own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """A process of ``--workers``: serves, and does what its supervisor says.
 
 Run as ``python -m embedding_server.worker NUMBER LISTENER CONTROL``, the last two file descriptors:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Where the ``embed`` command puts vectors: JSON lines, ``.npy`` or Parquet, by the file's name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Reads a request's JSON body within its limits, and within those of all bodies together."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """For pages in browsers: which origins may send requests and read the answers (CORS)."""
 
 from __future__ import annotations

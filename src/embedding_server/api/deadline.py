@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The time that a client gives its request, in the header ``x-request-timeout``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The OpenAPI document: as it is, and as a page that loads nothing from anywhere."""
 
 from __future__ import annotations

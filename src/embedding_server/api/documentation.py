@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What OpenAPI can't read off the routes: request bodies, headers and the errors of each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """``/v1/embeddings`` and ``/openai/v1/embeddings``."""
 
 from __future__ import annotations

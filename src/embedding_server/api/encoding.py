@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Vectors to the bytes of an answer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Exceptions to HTTP: the one table of statuses and the one shape of an error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """How much a large body holds, before it is read: each of its lists would take 70 bytes, and time.
 
 32 MB of ``[7],[7]`` are 8 million lists, for which nothing else in the process runs for seconds.

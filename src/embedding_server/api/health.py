@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """For those who operate the server: health and metrics."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The API keys: from the settings, and from a file that can be read again while serving."""
 
 from __future__ import annotations

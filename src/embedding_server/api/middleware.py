@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Around every request: its id, its key, its log line, its metrics, and the last-resort 500."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What is served: ``/v1/models``, and the same in OpenAI's shape."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What is known of one request: filled in on its way, told in its log line and its metrics."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What goes in and out over HTTP: requests are checked here, answers documented."""
 
 from __future__ import annotations

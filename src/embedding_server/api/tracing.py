@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Every span of OpenTelemetry, named in one place: one a request, its stages below it.
 
 Spans are made when a request is finished, from numbers that were written down on its way. They

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The table of architectures: ``config.json`` of each family to the one form that is built."""
 
 from __future__ import annotations

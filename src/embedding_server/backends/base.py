@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What a backend is, and the table of those there are; importing it loads none of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Builds an ONNX graph for ONNX Runtime from a model's config and safetensors.
 
 The graph is *packed*: every linear layer runs over the tokens of all sequences laid end to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The modules after the transformer: pooling and dense layers, in numpy."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What the packed graph takes beside the token ids, computed from a batch in numpy."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """ONNX Runtime on the CPU: a packed graph of ours, or the .onnx file that a model brings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Token states to one vector a sequence, as sentence-transformers' ``Pooling`` does."""
 
 from __future__ import annotations

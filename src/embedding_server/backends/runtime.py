@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """ONNX Runtime without its telemetry; nothing else here imports it.
 
 Since 1.29 its official builds for Linux, too, send to their maker what is loaded and where, unless

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Static embedding models (model2vec, potion): a table of token vectors and their mean."""
 
 from __future__ import annotations

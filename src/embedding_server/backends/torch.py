@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The reference: the whole sentence-transformers pipeline on PyTorch, on the device it finds."""
 
 from __future__ import annotations

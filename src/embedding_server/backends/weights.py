@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The tensors of a model's safetensors files: where each lies, and its values when needed."""
 
 from __future__ import annotations

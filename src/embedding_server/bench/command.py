@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The ``bench`` command: a server under one workload, and how it stands it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Keep-alive connections that cost little: prebuilt requests out, status and tail of answers in.
 
 The generator shares the machine with the server it measures, so an answer isn't parsed: only

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The ``bench engine`` command: the backend alone, beside what the machine can do at all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
 /* The most single-precision operations a second that N threads can do: independent chains of
  * fused multiply-adds in registers, without any memory. Prints GFLOP/s, the best of its runs.
  *

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Two kinds of load: each connection as fast as it is answered, or requests at a fixed rate."""
 
 from __future__ import annotations

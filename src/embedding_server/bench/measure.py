@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """One workload against one server."""
 
 from __future__ import annotations

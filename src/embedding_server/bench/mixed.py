@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Single queries beside an endless job: what each loses by the other.
 
 Queries alone, the job alone, and both, in several rounds of these three: the machine's speed

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """How many floating-point operations a model's answer needs, without any that are wasted.
 
 Counted are the linear layers, two operations for each weight and token, and attention, two

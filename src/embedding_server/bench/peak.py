@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """How many single-precision operations a second the machine's cores can do at all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """A server of the benchmark's own: a child process on a free loopback port, stopped by its pid."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Tables for people, and one line of JSON for programs."""
 
 from __future__ import annotations

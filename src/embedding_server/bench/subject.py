@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What is measured: one model of a server that was started here, or that runs at a URL."""
 
 from __future__ import annotations

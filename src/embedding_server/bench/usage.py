@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What the measured server has used: from the kernel for a process of ours, else from /metrics."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What the benchmarks send: texts from the docstrings of the standard library, always the same.
 
 The sources are read and parsed, never imported. The same version of Python gives the same

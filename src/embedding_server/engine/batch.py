@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What travels between tokenizer, scheduler and backend: token ids, packed end to end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The batches of one model: what waits is put together, computed in threads, and handed out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The cores of a process, lent to batches, and a watch over those that hang."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Where a long text can be cut so that its pieces have the tokens of the whole.
 
 tokenizers takes some 500 bytes for each character of what it is given at once. A text is split

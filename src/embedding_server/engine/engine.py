@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """One model at work: requests in, vectors out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What a served model is, as its users need to know it."""
 
 from __future__ import annotations

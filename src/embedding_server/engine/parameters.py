@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What a request may ask of its vectors, and what a model makes of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """From what a backend gave to the vectors a request asked for; numpy only."""
 
 from __future__ import annotations

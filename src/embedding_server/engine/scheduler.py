@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Which inputs are computed next: fair between requests, near in length, within a budget.
 
 Pure and synchronous: no clock, no asyncio. Start-time fair queueing (Goyal, Vin and Cheng,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """When one request passed each stage: numbers that the engine fills in, if its request has them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """How fast a model's batches have been of late, for those who must come back later."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Text or token ids to Encodings; the one place that knows how long an input may be."""
 
 from __future__ import annotations

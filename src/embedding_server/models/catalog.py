@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The built-in models: where each comes from, at which revision, and what its authors defined."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Which models the settings want served, and how."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """huggingface_hub's client held to limits, and its errors as a reason and a remedy.
 
 huggingface_hub is imported on use: it takes 0.4 s.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """A repository of the hub -> a snapshot in the hub cache, by huggingface_hub, with limits.
 
 Whatever goes wrong ends in seconds, as a DownloadFailed that says why and what would help.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """ModelSpec -> local folder (folder | models folder | hub cache | packaged | hub@revision).
 
 What is on the machine is found without importing huggingface_hub, and so without its 0.4 s:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """A model's JSON files, or a refusal that names the file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Reads a sentence-transformers folder: what is to be computed, how long, with which prompts."""
 
 from __future__ import annotations

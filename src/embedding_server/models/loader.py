@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """A model's folder to a running Engine: picks the backend and refuses what can't be exact."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Saves a model as a folder of its own, for a machine without network."""
 
 from __future__ import annotations

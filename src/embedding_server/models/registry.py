@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """The models that are served: loaded, looked up by name, closed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Which of a repository's files make up its model, told by their names alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """A model as asked for, read from a name: of the catalog, of the hub, or of a folder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """Reads a tokenizer's files and merges them as transformers 5.23 does before it makes a tokenizer.
 
 The facts are those of ``PreTrainedTokenizerBase._from_pretrained``: where tokenizer_config.json

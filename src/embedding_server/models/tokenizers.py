@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """A folder's tokenizer, with the ids that transformers' ``AutoTokenizer`` gives.
 
 transformers 5 takes tokenizer.json as it stands for a few classes only. The others it builds anew:

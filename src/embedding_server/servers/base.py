@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """What an ASGI server is to us, and the table of those there are; importing it loads none."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """hypercorn: slower than uvicorn (docs/performance.md), but it speaks HTTP/2 without TLS."""
 
 from __future__ import annotations

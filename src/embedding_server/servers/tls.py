@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """TLS whose files can be read again while connections go on."""
 
 from __future__ import annotations

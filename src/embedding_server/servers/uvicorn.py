@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
 """uvicorn with httptools: HTTP/1.1, and none of those measured is faster (docs/performance.md)."""
 
 from __future__ import annotations

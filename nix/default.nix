@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+# The flake's outputs for one system; `tree` is the whole repository.
+{ pkgs, tree }:
+let
+  inherit (pkgs) lib;
+  python = pkgs.python3;
+  pyproject = builtins.fromTOML (builtins.readFile ../pyproject.toml);
+  requirements = import ./requirements.nix { inherit lib python pyproject; };
+
+  embedding-server = import ./package.nix {
+    inherit
+      lib
+      python
+      pyproject
+      requirements
+      ;
+  };
+  models = builtins.mapAttrs (pkgs.callPackage ./model.nix { inherit embedding-server; }) (
+    import ./model-hashes.nix { inherit (lib) fakeHash; }
+  );
+
+  # What pyproject.toml's extras bring for running the tests.
+  testing = requirements.extra "test" ++ requirements.extra "torch";
+
+  app = program: {
+    type = "app";
+    program = "${program}";
+    meta.description = pyproject.project.description;
+  };
+in
+{
+  packages = {
+    inherit embedding-server;
+    default = embedding-server;
+  }
+  // lib.mapAttrs' (name: model: lib.nameValuePair "model-${name}" model) models
+  // lib.optionalAttrs pkgs.stdenv.hostPlatform.isLinux {
+    docker-image = pkgs.callPackage ./image.nix { inherit embedding-server models; };
+  };
+
+  apps = {
+    default = app (
+      pkgs.writeShellScript "serve" ''
+        exec ${lib.getExe embedding-server} serve "$@"
+      ''
+    );
+    embedding-server = app (lib.getExe embedding-server);
+  };
+
+  devShells.default = pkgs.mkShell {
+    packages = [ (python.withPackages (_: requirements.runtime ++ testing)) ];
+    shellHook = ''
+      export PYTHONPATH="$PWD/src''${PYTHONPATH:+:$PYTHONPATH}"
+    '';
+  };
+
+  checks.tests = pkgs.callPackage ./tests.nix {
+    inherit tree;
+    python = python.withPackages (_: [ embedding-server ] ++ testing);
+    model = models.all-MiniLM-L6-v2;
+  };
+}

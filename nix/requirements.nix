@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+# The requirements of pyproject.toml as packages of nixpkgs, whose attributes are their normalised
+# names.
+{
+  lib,
+  python,
+  pyproject,
+}:
+let
+  inherit (pyproject) project;
+
+  normalise = name: builtins.replaceStrings [ "_" "." ] [ "-" "-" ] (lib.toLower name);
+  split = list: builtins.filter builtins.isString (builtins.split " *, *" list);
+
+  # "a_b[x,y]>=1,<2; marker" -> { name = "a-b"; extras = [ "x" "y" ]; atLeast = "1"; }
+  parse =
+    requirement:
+    let
+      parts = builtins.match "([A-Za-z0-9._-]+) *(\\[([A-Za-z0-9._, -]+)])? *([^;]*)(; *(.*))?" requirement;
+      part = builtins.elemAt parts;
+      bound = builtins.match ".*>= *([0-9.]+).*" (part 3);
+    in
+    if parts == null then
+      throw "pyproject.toml asks for ${requirement}, which nix/requirements.nix can't read"
+    else if
+      !builtins.elem (part 5) [
+        null
+        "sys_platform != 'win32'" # true wherever Nix is
+      ]
+    then
+      throw "pyproject.toml asks for ${requirement}: tell nix/requirements.nix where its marker holds"
+    else
+      {
+        name = normalise (part 0);
+        extras = if part 2 == null then [ ] else split (part 2);
+        atLeast = if bound == null then "0" else builtins.head bound;
+      };
+
+  find =
+    name:
+    python.pkgs.${name} or (throw "nixpkgs has no Python package ${name}, which pyproject.toml asks for");
+
+  extra = name: builtins.concatMap packages project.optional-dependencies.${name};
+
+  # A requirement's package, and what its extras bring; an own extra stands for its requirements.
+  packages =
+    requirement:
+    let
+      inherit (parse requirement) name extras;
+    in
+    if name == normalise project.name then
+      builtins.concatMap extra extras
+    else
+      [ (find name) ] ++ builtins.concatMap (own: (find name).optional-dependencies.${own}) extras;
+in
+{
+  inherit extra;
+  build = builtins.concatMap packages pyproject.build-system.requires;
+  runtime = builtins.concatMap packages project.dependencies;
+
+  # The runtime requirements that nixpkgs has only in older versions than pyproject.toml asks for.
+  lagging = builtins.filter (
+    { name, atLeast, ... }: builtins.compareVersions (find name).version atLeast < 0
+  ) (map parse project.dependencies);
+}

@@ -3,7 +3,7 @@
 { pkgs, tree }:
 let
   inherit (pkgs) lib;
-  python = pkgs.python3;
+  python = pkgs.python313;
   pyproject = builtins.fromTOML (builtins.readFile ../pyproject.toml);
   requirements = import ./requirements.nix { inherit lib python pyproject; };
 

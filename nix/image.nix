@@ -20,8 +20,6 @@ dockerTools.buildLayeredImage {
   name = "embedding-server";
   tag = embedding-server.version;
   contents = [ folder ];
-  # With --workers the metrics are shared in files.
-  extraCommands = "mkdir -m 1777 tmp";
   config = {
     Entrypoint = [ (lib.getExe embedding-server) ];
     Cmd = [ "serve" ];
@@ -31,9 +29,17 @@ dockerTools.buildLayeredImage {
       "EMBEDDING_SERVER_LOAD_MODELS_FROM=/models"
       "EMBEDDING_SERVER_MODEL=${builtins.concatStringsSep "," served}"
       "HF_HUB_OFFLINE=1"
+      # Always there and writable, also where the root is neither; --workers keeps counters in it.
+      "TMPDIR=/dev/shm"
     ];
     ExposedPorts."5000/tcp" = { };
     User = "65532:65532";
     StopSignal = "SIGTERM";
+    Labels = {
+      "org.opencontainers.image.title" = embedding-server.pname;
+      "org.opencontainers.image.description" = embedding-server.meta.description;
+      "org.opencontainers.image.licenses" = "MIT OR Apache-2.0";
+      "org.opencontainers.image.version" = embedding-server.version;
+    };
   };
 }

@@ -16,9 +16,10 @@ let
   parse =
     requirement:
     let
-      parts = builtins.match "([A-Za-z0-9._-]+) *(\\[([A-Za-z0-9._, -]+)])? *([^;]*)(; *(.*))?" requirement;
+      parts = builtins.match "([A-Za-z0-9._-]+) *(\\[([A-Za-z0-9._, -]+)])? *([<>=!~][^;@]*)?(; *(.*))?" requirement;
       part = builtins.elemAt parts;
-      bound = builtins.match ".*>= *([0-9.]+).*" (part 3);
+      versions = if part 3 == null then "" else part 3;
+      bound = builtins.match ".*>= *([0-9.]+).*" versions;
     in
     if parts == null then
       throw "pyproject.toml asks for ${requirement}, which nix/requirements.nix can't read"

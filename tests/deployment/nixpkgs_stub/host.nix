@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-# The Python that stands in for nixpkgs' in what is built here; test_nix.py puts in its own.
+# What test_nix.py puts its own in the place of: the Python that runs what is built, the arguments
+# of its pytest, and versions of packages other than the newest.
 {
   python = "python3";
+  pytest = "";
+  versions = { };
 }

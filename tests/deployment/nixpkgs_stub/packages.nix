@@ -17,6 +17,7 @@ let
       attributes
       // {
         inherit name system;
+        outputs = [ "out" ];
         builder = "/bin/bash";
         args = [
           "-euc"
@@ -34,10 +35,11 @@ let
       chmod +x "$out/bin/${name}"
     '';
 
-  module = name: {
-    outPath = builtins.toFile name "";
-    version = "9999";
-    optional-dependencies = { };
+  module = pname: extras: {
+    inherit pname;
+    outPath = builtins.toFile pname "";
+    version = host.versions.${pname} or "9999";
+    optional-dependencies = lib.genAttrs extras (_: [ ]);
   };
 
   buildPythonPackage =
@@ -62,23 +64,43 @@ let
     in
     built
     // {
-      inherit pname version meta optional-dependencies pythonRelaxDeps;
+      inherit
+        pname
+        version
+        meta
+        optional-dependencies
+        pythonRelaxDeps
+        ;
+      propagatedBuildInputs = dependencies;
       sources = "${src}/src";
     };
 
-  python3 = {
-    pkgs = lib.genAttrs (import ./python-packages.nix) module // { inherit buildPythonPackage; };
+  python313 = {
+    pkgs = builtins.mapAttrs module (import ./python-packages.nix) // { inherit buildPythonPackage; };
     withPackages =
       choose:
       let
-        chosen = choose python3.pkgs;
+        chosen = choose python313.pkgs;
         sources = builtins.concatStringsSep ":" (map (package: package.sources or package) chosen);
       in
       program "python" ''
-        export PYTEST_ADDOPTS=${lib.escapeShellArg (host.pytest or "")}
+        export PYTEST_ADDOPTS=${lib.escapeShellArg host.pytest}
         PYTHONPATH=''${PYTHONPATH:+$PYTHONPATH:}${sources} exec ${host.python} "$@"
       '';
   };
+
+  # The fields of the OCI image specification's config that an image of ours has.
+  imageConfig =
+    {
+      Entrypoint,
+      Cmd,
+      Env,
+      ExposedPorts,
+      User,
+      StopSignal,
+      Labels,
+    }@config:
+    builtins.toJSON config;
 
   # Symbolic links into the store, as in the image's last layer, and its config as JSON.
   buildLayeredImage =
@@ -86,19 +108,16 @@ let
       name,
       tag,
       contents,
-      extraCommands,
       config,
     }:
-    runCommand "${name}-${tag}" { inherit extraCommands; config = builtins.toJSON config; } ''
+    runCommand "${name}-${tag}" { config = imageConfig config; } ''
       mkdir -p "$out/root"
       ${lib.concatMapStringsSep "\n" (content: ''cp -rs ${content}/. "$out/root"'') contents}
-      chmod -R u+w "$out/root"
-      (cd "$out/root" && eval "$extraCommands")
       printf '%s' "$config" > "$out/config.json"
     '';
 
   pkgs = {
-    inherit lib python3 runCommand;
+    inherit lib python313 runCommand;
     stdenv.hostPlatform.isLinux = builtins.match ".*-linux" system != null;
     cacert = runCommand "cacert" { } "mkdir $out";
     dockerTools = { inherit buildLayeredImage; };

@@ -24,7 +24,7 @@ import pytest
 from live import START_SECONDS, environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from readme import ROOT, commands, section
+from readme import ROOT, blocks, commands, section
 
 from embedding_server.models.catalog import CATALOG, DEFAULT_MODELS
 
@@ -348,12 +348,29 @@ def dimensions(port: str) -> int:
     return int(answer.raise_for_status().json()["data"][0]["dims"])
 
 
+def lock_to_stub(nix: Nix) -> None:
+    done = nix.run(f"nix flake lock --offline --override-input nixpkgs path:{nix.tree / STUB}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_image_of_other_models(nix: Nix) -> None:
+    """As docs/deployment.md has it; only planned, for its second model can't be had here."""
+    page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    (expression,) = blocks(page, "nix")
+    lock_to_stub(nix)
+    done = nix.run(f"nix build --offline --impure --dry-run --expr {shlex.quote(expression)}")
+    assert done.returncode == 0, done.stderr
+    planned = set(re.findall(r"/[a-z0-9]{32}-(\S+)-pulled\.drv", done.stderr))
+    assert DEFAULT_MODELS[-1] in planned
+    assert planned <= {MODEL, DEFAULT_MODELS[-1]}  # the first may be in the store
+
+
 def test_readme(nix: Nix, tmp_path: Path) -> None:
     """Its commands, one after the other in one checkout, with the stub as its nixpkgs."""
     _, lock, serve, package, image, develop, check = README
 
-    done = nix.run(f"{lock} --offline --override-input nixpkgs path:{nix.tree / STUB}")
-    assert done.returncode == 0, done.stderr
+    assert lock == "nix flake lock"
+    lock_to_stub(nix)
     assert "nixpkgs" in json.loads((nix.tree / "flake.lock").read_text())["nodes"]
 
     port = str(free_port())

@@ -119,7 +119,10 @@ let
   pkgs = {
     inherit lib python313 runCommand;
     stdenv.hostPlatform.isLinux = builtins.match ".*-linux" system != null;
-    cacert = runCommand "cacert" { } "mkdir $out";
+    cacert = runCommand "cacert" { } ''
+      mkdir -p "$out/etc/ssl/certs"
+      ln -s /etc/ssl/certs/ca-certificates.crt "$out/etc/ssl/certs/ca-bundle.crt"
+    '';
     dockerTools = { inherit buildLayeredImage; };
     writeShellScript =
       name: text:

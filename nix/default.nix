@@ -21,6 +21,11 @@ let
 
   # What pyproject.toml's extras bring for running the tests.
   testing = requirements.extra "test" ++ requirements.extra "torch";
+  model-package = pkgs.callPackage ./model-package.nix rec {
+    inherit python;
+    name = "all-MiniLM-L6-v2";
+    model = models.${name};
+  };
 
   app = program: {
     type = "app";
@@ -50,13 +55,12 @@ in
   devShells.default = pkgs.mkShell {
     packages = [ (python.withPackages (_: requirements.runtime ++ testing)) ];
     shellHook = ''
-      export PYTHONPATH="$PWD/src''${PYTHONPATH:+:$PYTHONPATH}"
+      export PYTHONPATH="$PWD/src:${model-package}''${PYTHONPATH:+:$PYTHONPATH}"
     '';
   };
 
   checks.tests = pkgs.callPackage ./tests.nix {
-    inherit tree;
+    inherit tree model-package;
     python = python.withPackages (_: [ embedding-server ] ++ testing);
-    model = models.all-MiniLM-L6-v2;
   };
 }

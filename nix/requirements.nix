@@ -16,10 +16,13 @@ let
   parse =
     requirement:
     let
-      parts = builtins.match "([A-Za-z0-9._-]+) *(\\[([A-Za-z0-9._, -]+)])? *([<>=!~][^;@]*)?(; *(.*))?" requirement;
+      name = "([A-Za-z0-9._-]+)";
+      brought = "(\\[([A-Za-z0-9._, -]+)])?";
+      versions = "([<>=!~][^;@]*)?";
+      marker = "(; *(.*))?";
+      parts = builtins.match "${name} *${brought} *${versions}${marker}" requirement;
       part = builtins.elemAt parts;
-      versions = if part 3 == null then "" else part 3;
-      bound = builtins.match ".*>= *([0-9.]+).*" versions;
+      bound = if part 3 == null then null else builtins.match ".*>= *([0-9.]+).*" (part 3);
     in
     if parts == null then
       throw "pyproject.toml asks for ${requirement}, which nix/requirements.nix can't read"
@@ -39,7 +42,8 @@ let
 
   find =
     name:
-    python.pkgs.${name} or (throw "nixpkgs has no Python package ${name}, which pyproject.toml asks for");
+    python.pkgs.${name}
+      or (throw "nixpkgs has no Python package ${name}, which pyproject.toml asks for");
 
   extra = name: builtins.concatMap packages project.optional-dependencies.${name};
 
@@ -52,7 +56,10 @@ let
     if name == normalise project.name then
       builtins.concatMap extra extras
     else
-      [ (find name) ] ++ builtins.concatMap (own: (find name).optional-dependencies.${own}) extras;
+      let
+        package = find name;
+      in
+      [ package ] ++ builtins.concatMap (theirs: package.optional-dependencies.${theirs}) extras;
 in
 {
   inherit extra;

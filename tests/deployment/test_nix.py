@@ -69,6 +69,11 @@ class Nix:
         ours = {name: str(self.folder / place) for name, place in state.items()}
         return {**inherited, **ours, "NIX_CONFIG": FEATURES}
 
+    @property
+    def stub(self) -> str:
+        """The flags that put the stub in the place of nixpkgs."""
+        return f"--offline --no-write-lock-file --override-input nixpkgs path:{self.tree / STUB}"
+
     def run(self, command: str, **env: str) -> subprocess.CompletedProcess[str]:
         """``command`` in a shell in the tree, to its end, whatever that is."""
         return subprocess.run(
@@ -82,11 +87,16 @@ class Nix:
 
     def eval(self, output: str, apply: str, **env: str) -> Any:
         """The flake's ``output`` with ``apply`` called on it; raises NixError."""
-        stub = f"--override-input nixpkgs path:{self.tree / STUB}"
-        flags = f"--offline --no-write-lock-file --json {stub}"
-        done = self.run(f"nix eval {flags} .#{output} --apply {shlex.quote(apply)}", **env)
+        command = f"nix eval {self.stub} --json .#{output} --apply {shlex.quote(apply)}"
+        done = self.run(command, **env)
         if done.returncode:
             raise NixError(done.stderr)
+        return json.loads(done.stdout)
+
+    def show(self) -> Any:
+        """What `nix flake show` tells of the flake."""
+        done = self.run(f"nix flake show {self.stub} --json")
+        assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     def evaluate(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -159,8 +169,13 @@ def hashes(nix: Nix) -> dict[str, str]:
 def test_every_output_is_evaluated(nix: Nix) -> None:
     outputs = nix.evaluate()
     always = {"default", "embedding-server", *(f"model-{name}" for name in hashes(nix))}
+    shown = nix.show()
+    assert set(shown) == set(outputs)
     for name, kind in outputs.items():
         assert set(kind) == set(SYSTEMS), name
+        assert {system: set(kind[system]) for system in kind} == {
+            system: set(shown[name][system]) for system in shown[name]
+        }
     for system in SYSTEMS:
         image = {"docker-image"} if system in LINUX else set()
         assert set(outputs["packages"][system]) == always | image
@@ -197,7 +212,8 @@ def test_every_input_is_declared(nix: Nix) -> None:
         ("nix/model.nix", "proxyImpureEnvVars", "proxyEnvVars", "'proxyEnvVars' missing"),
         ("nix/image.nix", "ExposedPorts", "ExposedPort", "argument 'ExposedPorts'"),
         ("nix/image.nix", "buildLayeredImage", "layeredImage", "'layeredImage' missing"),
-        ("nix/tests.nix", "${model}", "${modle}", "undefined variable 'modle'"),
+        ("nix/tests.nix", "${tree}", "${three}", "undefined variable 'three'"),
+        ("nix/model-package.nix", "${model}", "${modle}", "undefined variable 'modle'"),
         ("nix/model-hashes.nix", f"{MODEL} =", f"{MODEL}x =", f"attribute '{MODEL}' missing"),
         ("pyproject.toml", '"fastapi>', '"fastpai>', "nixpkgs has no Python package fastpai"),
         ("pyproject.toml", '"httpie>', '"httpy>', "nixpkgs has no Python package httpy"),
@@ -240,9 +256,8 @@ def test_dependencies_are_those_of_pyproject(nix: Nix) -> None:
 
 def test_an_older_nixpkgs_is_taken_and_said(nix: Nix) -> None:
     (nix.tree / STUB / "host.nix").write_text(host(onnxruntime="1.20.1", tqdm="4.66"))
-    stub = f"--override-input nixpkgs path:{nix.tree / STUB}"
     attribute = f".#packages.{HERE}.embedding-server.pythonRelaxDeps"
-    done = nix.run(f"nix eval --offline --no-write-lock-file --json {stub} {attribute}")
+    done = nix.run(f"nix eval {nix.stub} --json {attribute}")
     assert json.loads(done.stdout) == ["onnxruntime"]
     wanted = next(Requirement(r) for r in PROJECT["dependencies"] if r.startswith("onnxruntime"))
     bound = next(s.version for s in wanted.specifier if s.operator == ">=")
@@ -251,8 +266,8 @@ def test_an_older_nixpkgs_is_taken_and_said(nix: Nix) -> None:
 
 def test_only_models_need_impure_derivations(nix: Nix) -> None:
     flakes = "extra-experimental-features = nix-command flakes"
-    assert nix.eval(f"packages.{HERE}.default", "p: p.name", NIX_CONFIG=flakes)
-    assert nix.eval(f"apps.{HERE}.default", "app: app.type", NIX_CONFIG=flakes) == "app"
+    assert nix.eval(f"packages.{HERE}.default", "p: p.drvPath", NIX_CONFIG=flakes)
+    assert nix.eval(f"apps.{HERE}.default", "app: app.program", NIX_CONFIG=flakes)
     with pytest.raises(NixError, match="'impure-derivations' is disabled"):
         nix.eval(f"packages.{HERE}.docker-image", "p: p.drvPath", NIX_CONFIG=flakes)
 
@@ -275,8 +290,7 @@ def test_models_stand_in_the_catalog_alone(nix: Nix) -> None:
 def test_a_model_is_pulled_impurely_and_pinned(nix: Nix) -> None:
     """With the packaged copy of the model for the hub's, as there is no way to a hub here."""
     known = hashes(nix)[MODEL]
-    stub = f"--offline --no-write-lock-file --override-input nixpkgs path:{nix.tree / STUB}"
-    build = f"nix build {stub} --no-link --json '.#model-{MODEL}'"
+    build = f"nix build {nix.stub} --no-link --json '.#model-{MODEL}'"
     table = nix.tree / "nix" / "model-hashes.nix"
     pinned = table.read_text()
 
@@ -367,7 +381,7 @@ def test_an_image_of_other_models(nix: Nix) -> None:
 
 def test_readme(nix: Nix, tmp_path: Path) -> None:
     """Its commands, one after the other in one checkout, with the stub as its nixpkgs."""
-    _, lock, serve, package, image, develop, check = README
+    _, lock, serve, build, image, develop, check = README
 
     assert lock == "nix flake lock"
     lock_to_stub(nix)
@@ -378,7 +392,7 @@ def test_readme(nix: Nix, tmp_path: Path) -> None:
     with serving(shlex.split(serve), env, nix.tree, tmp_path / "run.log"):
         assert dimensions(port) == 384
 
-    done = nix.run(package)
+    done = nix.run(build)
     assert done.returncode == 0, done.stderr
     done = nix.run("result/bin/embedding-server --version")
     assert done.stdout == f"embedding-server {PROJECT['version']}\n"
@@ -390,6 +404,10 @@ def test_readme(nix: Nix, tmp_path: Path) -> None:
     done = nix.run(develop)
     assert done.returncode == 0, done.stderr
     assert "1 passed" in done.stdout
+    # The model it found is not the one that is installed with our Python.
+    package = str(CATALOG[MODEL].package).partition("/")[0]
+    done = nix.run(f"nix develop --command python -c 'import {package} as p; print(p.__file__)'")
+    assert done.stdout.startswith(str(nix.folder / "store")), done.stderr
 
     done = nix.run(f"{check} --print-build-logs")
     assert done.returncode == 0, done.stderr

@@ -18,19 +18,26 @@ rec {
   mapAttrs' =
     pair: set: builtins.listToAttrs (map (name: pair name set.${name}) (builtins.attrNames set));
   optionalAttrs = condition: set: if condition then set else { };
-  warnIf = condition: message: if condition then builtins.trace "warning: ${message}" else value: value;
+  warnIf =
+    condition: message: value:
+    if condition then builtins.trace "warning: ${message}" value else value;
   concatMapStringsSep = separator: text: list: builtins.concatStringsSep separator (map text list);
   removePrefix =
     prefix: text:
     let
       length = builtins.stringLength prefix;
     in
-    if builtins.substring 0 length text == prefix then builtins.substring length (-1) text else text;
+    if builtins.substring 0 length text == prefix then
+      builtins.substring length (-1) text
+    else
+      text;
   toLower =
     let
-      letters = text: builtins.genList (at: builtins.substring at 1 text) (builtins.stringLength text);
+      letters = all: builtins.genList (at: builtins.substring at 1 all) 26;
+      upper = letters "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
+      lower = letters "abcdefghijklmnopqrstuvwxyz";
     in
-    builtins.replaceStrings (letters "ABCDEFGHIJKLMNOPQRSTUVWXYZ") (letters "abcdefghijklmnopqrstuvwxyz");
+    builtins.replaceStrings upper lower;
   escapeShellArg = text: "'${builtins.replaceStrings [ "'" ] [ "'\\''" ] text}'";
   getExe = package: "${package}/bin/${package.meta.mainProgram}";
 }

@@ -23,7 +23,7 @@ let
           "-euc"
           "${script}\n:"
         ];
-        PATH = builtins.concatStringsSep ":" (map (input: "${input}/bin") inputs ++ [ "/usr/bin" "/bin" ]);
+        PATH = lib.concatMapStringsSep ":" (input: "${input}/bin") (inputs ++ [ "/usr" "" ]);
       }
     );
 
@@ -59,7 +59,8 @@ let
     let
       built = program meta.mainProgram ''
         # ${toString (build-system ++ dependencies ++ pythonRelaxDeps)}
-        PYTHONPATH=${src}/src''${PYTHONPATH:+:$PYTHONPATH} exec ${host.python} -m embedding_server.cli "$@"
+        export PYTHONPATH=${src}/src''${PYTHONPATH:+:$PYTHONPATH}
+        exec ${host.python} -m embedding_server.cli "$@"
       '';
     in
     built
@@ -75,8 +76,11 @@ let
       sources = "${src}/src";
     };
 
-  python313 = {
-    pkgs = builtins.mapAttrs module (import ./python-packages.nix) // { inherit buildPythonPackage; };
+  interpreter = program "python" ''exec ${host.python} "$@"'';
+  python313 = interpreter // {
+    pkgs = builtins.mapAttrs module (import ./python-packages.nix) // {
+      inherit buildPythonPackage;
+    };
     withPackages =
       choose:
       let

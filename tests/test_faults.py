@@ -228,6 +228,7 @@ def test_a_hang_is_answered_told_and_survived(long_golden: Golden) -> None:
             assert "restart" in error_of(told, 503)["message"]
             assert "is hung" in error_of(httpx.get(f"{server.url}/health/ready"), 503)["message"]
             assert metric(server, "timed_out_batches_total") == 1
+            assert "\nembedding_server_ready 0.0\n" in httpx.get(f"{server.url}/metrics").text
         # The other core's hang, and what waits behind it.
         with ThreadPoolExecutor(4) as pool:
             asked = [pool.submit(embed, server, text) for text in ["please hang", "a", "b", "c"]]

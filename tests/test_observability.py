@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from in_process import until
-from live import LiveServer, running_server
+from live import LiveServer, resident_mib, running_server
 from prometheus_client.parser import text_string_to_metric_families
 
 from embedding_server.telemetry import METRICS, Telemetry
@@ -115,7 +118,7 @@ def test_every_metric_appears_with_its_labels_and_help(live: Watched) -> None:
     live.embed([])
     page = live.client.get("/metrics").text
     families = {family.name: family for family in text_string_to_metric_families(page)}
-    expected = {f"embedding_server_{row.name}": row for row in METRICS}
+    expected = {row.family: row for row in METRICS}
     assert set(families) == set(expected)
     for name, row in expected.items():
         family = families[name]
@@ -137,6 +140,28 @@ def test_a_served_model_is_told_with_all_there_is_to_know(live: Watched) -> None
         "max_tokens": "256",
     }
     assert live.value("model_info", labels) == 1
+
+
+def test_readiness_and_limits_are_told(live: Watched) -> None:
+    assert live.value("ready") == 1
+    assert live.value("queue_requests_limit", OF_MODEL) == 512
+    assert live.value("queue_tokens_limit", OF_MODEL) == 1_000_000
+    assert live.value("worker_restarts_total") == 0
+
+
+def test_what_the_system_tells_of_the_process(live: Watched) -> None:
+    pid = live.server.process.pid
+    before = live.value("process_cpu_seconds_total")
+    live.embed([f"{number} {LONG}" for number in range(20)])
+    assert live.value("process_cpu_seconds_total") > before > 0
+    resident = live.value("process_resident_memory_bytes") / 2**20
+    assert resident == pytest.approx(resident_mib(live.server), rel=0.2)
+    # One more, perhaps, for the folder that is being read.
+    assert 0 <= live.value("process_open_fds") - len(os.listdir(f"/proc/{pid}/fd")) <= 1
+    (soft, _) = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    assert live.value("process_max_fds") == soft
+    age = time.time() - live.value("process_start_time_seconds")
+    assert 0 < age < 3600
 
 
 def test_a_request_moves_its_counters(live: Watched) -> None:

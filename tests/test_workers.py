@@ -34,6 +34,12 @@ def embedded(text: str) -> int:
     )
 
 
+def value_of(name: str, server: LiveServer) -> float:
+    """Of a metric without labels."""
+    text = httpx.get(f"{server.url}/metrics").text
+    return float(text.partition(f"\n{name} ")[2].split()[0])
+
+
 def test_workers() -> None:
     """They share the port and add up their metrics; a killed one is replaced meanwhile."""
     body = {"model": MODEL, "input": "iPhone"}
@@ -50,6 +56,7 @@ def test_workers() -> None:
         while not (used(server, 1) and used(server, 2)):
             embed()
         assert embedded(httpx.get(f"{server.url}/metrics").text) == answered
+        used_before = value_of("process_cpu_seconds_total", server)
         os.kill(first, signal.SIGKILL)
         until(lambda: "worker 1 ended with SIGKILL" in server.log)
         for _ in range(5):
@@ -60,7 +67,16 @@ def test_workers() -> None:
         assert embedded(text) == answered
         assert 'queue_requests{model="all-MiniLM-L6-v2"} 0.0' in text
         assert "embedding_server_requests_in_flight 1.0" in text
+        assert "embedding_server_worker_restarts_total 1.0" in text
+        assert 'embedding_server_queue_requests_limit{model="all-MiniLM-L6-v2"} 1024.0' in text
+        assert value_of("process_cpu_seconds_total", server) > used_before
         workers = workers_of(server)
+        resident = sum(
+            int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0]) * 1024
+            for pid in (server.process.pid, *workers)
+        )
+        told = value_of("process_resident_memory_bytes", server)
+        assert told == pytest.approx(resident, rel=0.2)
         with under_way(server) as answer:
             server.process.send_signal(signal.SIGTERM)
             assert answer.result().status_code == 200

@@ -42,6 +42,7 @@ _KILL_SECONDS = 5.0
 @dataclass(slots=True)
 class _Worker:
     number: int
+    starts: int = 0
     ends: int = 0
     """In a row, none of which came late."""
     process: Process | None = None
@@ -132,12 +133,13 @@ class Supervisor:
             descriptors = (listener.fileno(), theirs.fileno())
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "embedding_server.worker"),
-                *(str(number) for number in (worker.number, *descriptors)),
+                *(str(number) for number in (worker.number, worker.starts, *descriptors)),
                 stdin=PIPE,
                 pass_fds=descriptors,
                 env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)},
             )
             undo.pop_all()
+        worker.starts += 1
         reader, worker.control = await asyncio.open_connection(sock=ours)
         worker.process = process
         assert process.stdin is not None

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 from prometheus_client import (
     CollectorRegistry,
@@ -15,7 +18,9 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 __all__ = ["METRICS", "Metric", "ModelMetrics", "Telemetry"]
 
@@ -36,16 +41,28 @@ class Metric:
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] | None = None
-    over_processes: Literal["livesum", "max"] = "livesum"
+    over_processes: Literal["livesum", "max", "mostrecent"] = "livesum"
     """What a gauge is, over all processes of a server."""
+
+    @property
+    def family(self) -> str:
+        """The name in Prometheus' text format, before ``_total`` or ``_bucket``."""
+        # The names that every client library gives to what the system tells of a process.
+        standard = self.name.startswith("process_")
+        return self.name if standard else f"embedding_server_{self.name}"
 
     @property
     def exposed_name(self) -> str:
         """The name as Prometheus shows it."""
-        return f"embedding_server_{self.name}" + ("_total" if self.kind == "counter" else "")
+        return self.family + ("_total" if self.kind == "counter" else "")
 
 
-METRICS: tuple[Metric, ...] = (
+_COUNTED: tuple[Metric, ...] = (
+    Metric(
+        "ready", "gauge",
+        "1 if /health/ready answers 200, else 0; with --workers, of the worker that answers.",
+        over_processes="mostrecent",
+    ),
     Metric("requests", "counter", "Requests answered.", ("route", "model", "status")),
     Metric("errors", "counter", "Errors answered, by the error's code.", ("code",)),
     Metric("requests_in_flight", "gauge", "Requests being served now."),
@@ -89,10 +106,31 @@ METRICS: tuple[Metric, ...] = (
     Metric("queue_requests", "gauge", "Requests waiting or being computed.", ("model",)),
     Metric("queue_tokens", "gauge", "Tokens waiting for a batch.", ("model",)),
     Metric(
+        "queue_requests_limit", "gauge",
+        "--max-concurrent-requests, of all workers together.", ("model",),
+    ),
+    Metric(
+        "queue_tokens_limit", "gauge", "--max-queued-tokens, of all workers together.", ("model",)
+    ),
+    Metric("worker_restarts", "counter", "Workers that ended and were started again."),
+    Metric(
         "model_info", "gauge", "Always 1; the labels tell what is served.",
         ("model", "backend", "revision", "dims", "max_tokens"), over_processes="max",
     ),
 )  # fmt: skip
+
+_OF_PROCESSES: tuple[Metric, ...] = (
+    Metric("process_cpu_seconds", "counter", "Seconds of processor time, of all workers together."),
+    Metric(
+        "process_resident_memory_bytes", "gauge",
+        "Memory in use; what workers share is counted for each.",
+    ),
+    Metric("process_open_fds", "gauge", "Open file descriptors, of all workers together."),
+    Metric("process_max_fds", "gauge", "How many there may be, of all workers together."),
+    Metric("process_start_time_seconds", "gauge", "When the server was started, since 1970."),
+)  # fmt: skip
+
+METRICS: tuple[Metric, ...] = (*_COUNTED, *_OF_PROCESSES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +151,8 @@ class ModelMetrics:
     out_of_memory: Counter
     queue_requests: Gauge
     queue_tokens: Gauge
+    queue_requests_limit: Gauge
+    queue_tokens_limit: Gauge
 
 
 class Telemetry:
@@ -127,8 +167,11 @@ class Telemetry:
         # A *_created series beside each counter doubles the page and tells nobody anything.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self._metrics = {row.name: _create(row, self.registry) for row in METRICS}
+        self._metrics = {row.name: _create(row, self.registry) for row in _COUNTED}
         self._finished: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._processes = _Processes()
+        self.registry.register(self._processes)
+        self.ready = self._gauge("ready")
         self.in_flight = self._gauge("requests_in_flight")
 
     def for_model(self, name: str) -> ModelMetrics:
@@ -148,6 +191,8 @@ class Telemetry:
             out_of_memory=self._counter("out_of_memory").labels(name),
             queue_requests=self._gauge("queue_requests").labels(name),
             queue_tokens=self._gauge("queue_tokens").labels(name),
+            queue_requests_limit=self._gauge("queue_requests_limit").labels(name),
+            queue_tokens_limit=self._gauge("queue_tokens_limit").labels(name),
         )
 
     def model_loaded(
@@ -156,6 +201,12 @@ class Telemetry:
         """Say in ``model_info`` that ``name`` is served, and how."""
         labels = (name, backend, revision or "", str(dims), str(max_tokens))
         self._gauge("model_info").labels(*labels).set(1)
+
+    def runs_in_worker(self, *, supervisor: int, again: bool) -> None:
+        """One of those that ``supervisor`` minds; ``again``: in the place of one that ended."""
+        self._processes.supervisor = supervisor
+        if again:
+            self._counter("worker_restarts").inc()
 
     def request_finished(self, *, route: str, model: str, status: int, seconds: float) -> None:
         """Count one answered request; ``route`` is a template of ours, ``model`` a served name."""
@@ -180,6 +231,7 @@ class Telemetry:
         if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
             registry = CollectorRegistry()
             MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
+            registry.register(self._processes)
         return generate_latest(registry), "text/plain; version=0.0.4; charset=utf-8"
 
     def _counter(self, name: str) -> Counter:
@@ -199,7 +251,7 @@ class Telemetry:
 
 
 def _create(row: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
-    name = f"embedding_server_{row.name}"
+    name = row.family
     match row.kind:
         case "counter":
             return Counter(name, row.help, row.labels, registry=registry)
@@ -210,3 +262,67 @@ def _create(row: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histo
         case "histogram":
             buckets = row.buckets or ()
             return Histogram(name, row.help, row.labels, buckets=buckets, registry=registry)
+
+
+class _Processes(Collector):
+    """``_OF_PROCESSES`` as Linux' /proc tells them at each scrape; elsewhere there are none."""
+
+    supervisor: int | None = None
+    """Who minds this process and its siblings, with ``--workers``."""
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        try:
+            values = self._values()
+        except OSError:
+            return
+        for row, value in zip(_OF_PROCESSES, values, strict=True):
+            family = CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily
+            yield family(row.family, row.help, value=value)
+
+    def _values(self) -> tuple[float, ...]:
+        """In the order of ``_OF_PROCESSES``, over all processes of the server."""
+        first = str(self.supervisor or os.getpid())
+        read = [_Process.read(first)]
+        if self.supervisor is not None:
+            children = Path(f"/proc/{first}/task/{first}/children").read_text(encoding="ascii")
+            for worker in children.split():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                    read.append(_Process.read(worker))
+        # The first one's holds what workers took that have ended: a counter must not fall.
+        return (
+            read[0].ended_children_seconds + sum(process.cpu_seconds for process in read),
+            sum(process.resident_bytes for process in read),
+            sum(process.open_fds for process in read),
+            sum(process.max_fds for process in read),
+            read[0].start_time,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """What proc(5) tells of one."""
+
+    cpu_seconds: float
+    ended_children_seconds: float
+    resident_bytes: float
+    open_fds: int
+    max_fds: float
+    start_time: float
+
+    @classmethod
+    def read(cls, process: str) -> Self:
+        """Raises OSError where there is no such process, or no /proc."""
+        folder = Path("/proc", process)
+        # What follows the program's name, which may hold blanks and brackets.
+        stat = (folder / "stat").read_bytes().rpartition(b")")[2].split()
+        ticks = os.sysconf("SC_CLK_TCK")
+        boot = Path("/proc/stat").read_bytes().partition(b"\nbtime ")[2].split()[0]
+        limits = (folder / "limits").read_bytes().partition(b"\nMax open files")[2].split()
+        return cls(
+            cpu_seconds=(int(stat[11]) + int(stat[12])) / ticks,
+            ended_children_seconds=(int(stat[13]) + int(stat[14])) / ticks,
+            resident_bytes=int(stat[21]) * os.sysconf("SC_PAGE_SIZE"),
+            open_fds=sum(1 for _ in (folder / "fd").iterdir()),
+            max_fds=float(limits[0].replace(b"unlimited", b"inf")),
+            start_time=int(boot) + int(stat[19]) / ticks,
+        )

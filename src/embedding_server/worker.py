@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """A process of ``--workers``: serves, and does what its supervisor says.
 
-Run as ``python -m embedding_server.worker NUMBER LISTENER CONTROL``, the last two file descriptors:
-the listening socket, and a socket to the supervisor. The settings come by standard input, pickled.
+Run as ``python -m embedding_server.worker NUMBER STARTS LISTENER CONTROL``. STARTS is how often it
+was started before; the last two are file descriptors: the listening socket, and a socket to the
+supervisor. The settings come by standard input, pickled.
 By the control socket comes a command a line: ``drain``, ``reload``, and ``siblings`` with what
 readiness should say of them, as JSON; back go ``ready``, or ``failed`` with a message. Its end
 means that the supervisor has gone.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import pickle
 import signal
 import socket
@@ -25,13 +27,14 @@ from embedding_server.logs import set_up_logging
 from embedding_server.models.registry import Registry
 from embedding_server.service import Service
 from embedding_server.settings import Settings
+from embedding_server.telemetry import Telemetry
 
 __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
 
-def main(number: int, listener_descriptor: int, control_descriptor: int) -> int:
+def main(number: int, starts: int, listener_descriptor: int, control_descriptor: int) -> int:
     """Serve until told to stop; the exit code."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to be read again
     # Files of metrics are named by it, and not by a process that comes and goes.
@@ -43,6 +46,8 @@ def main(number: int, listener_descriptor: int, control_descriptor: int) -> int:
     set_up_logging(settings.log_format, settings.log_level)
     try:
         worker = _Worker(settings, control)
+        telemetry: Telemetry = worker.service.app.state.telemetry
+        telemetry.runs_in_worker(supervisor=os.getppid(), again=starts > 0)
         with socket.socket(fileno=listener_descriptor) as listener:
             return worker.service.run(listener)
     except EmbeddingServerError as error:

@@ -37,16 +37,23 @@ async def live(request: Request) -> ServerStatus:
 @router.get("/health", summary="Is it ready?", responses=errors(503), operation_id="health")
 async def ready(request: Request) -> ServerStatus:
     """Whether every model can be used now."""
+    problem = _problem(request)
+    if problem:
+        raise NotReady(f"Not ready: {problem}.")
+    registry: Registry = request.app.state.registry
+    return ServerStatus(status="ready", models=registry.status())
+
+
+def _problem(request: Request) -> str:
+    """Why the server is not ready; empty if it is."""
     registry: Registry = request.app.state.registry
     if request.app.state.draining:
-        raise NotReady("Not ready: the server is draining, and will end.")
+        return "the server is draining, and will end"
     if request.app.state.siblings:
-        raise NotReady(f"Not ready: {request.app.state.siblings}.")
-    status = registry.status()
+        return str(request.app.state.siblings)
     if not registry.ready:
-        states = ", ".join(f"{name} is {state}" for name, state in status.items())
-        raise NotReady(f"Not ready: {states}.")
-    return ServerStatus(status="ready", models=status)
+        return ", ".join(f"{name} is {state}" for name, state in registry.status().items())
+    return ""
 
 
 @router.get(
@@ -58,5 +65,6 @@ async def ready(request: Request) -> ServerStatus:
 async def metrics(request: Request) -> Response:
     """Everything that is measured, in Prometheus' text format."""
     telemetry: Telemetry = request.app.state.telemetry
+    telemetry.ready.set(not _problem(request))
     content, media_type = telemetry.exposition()
     return Response(content, headers={"content-type": media_type})

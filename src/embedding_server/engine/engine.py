@@ -96,6 +96,8 @@ class Engine:
         self._limits = limits
         self._tokenizing = tokenizing
         self._metrics = metrics
+        metrics.queue_requests_limit.set(limits.max_concurrent_requests)
+        metrics.queue_tokens_limit.set(limits.max_queued_tokens)
         self._admitted = 0
         self._batches = BatchLoop(
             info.name, backend, scheduler=scheduler, cores=cores, metrics=metrics

@@ -43,6 +43,7 @@ _KILL_SECONDS = 5.0
 class _Worker:
     number: int
     starts: int = 0
+    """Until now."""
     ends: int = 0
     """In a row, none of which came late."""
     process: Process | None = None

@@ -286,7 +286,7 @@ class _Processes(Collector):
         if self.supervisor is not None:
             children = Path(f"/proc/{first}/task/{first}/children").read_text(encoding="ascii")
             for worker in children.split():
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                with contextlib.suppress(OSError):  # it has ended
                     read.append(_Process.read(worker))
         # The first one's holds what workers took that have ended: a counter must not fall.
         return (
@@ -317,12 +317,14 @@ class _Process:
         stat = (folder / "stat").read_bytes().rpartition(b")")[2].split()
         ticks = os.sysconf("SC_CLK_TCK")
         boot = Path("/proc/stat").read_bytes().partition(b"\nbtime ")[2].split()[0]
+        with os.scandir(folder / "fd") as descriptors:
+            open_fds = sum(1 for _ in descriptors)
         limits = (folder / "limits").read_bytes().partition(b"\nMax open files")[2].split()
         return cls(
             cpu_seconds=(int(stat[11]) + int(stat[12])) / ticks,
             ended_children_seconds=(int(stat[13]) + int(stat[14])) / ticks,
             resident_bytes=int(stat[21]) * os.sysconf("SC_PAGE_SIZE"),
-            open_fds=sum(1 for _ in (folder / "fd").iterdir()),
+            open_fds=open_fds,
             max_fds=float(limits[0].replace(b"unlimited", b"inf")),
             start_time=int(boot) + int(stat[19]) / ticks,
         )

@@ -3,10 +3,9 @@
 
 Run as ``python -m embedding_server.worker NUMBER STARTS LISTENER CONTROL``. STARTS is how often it
 was started before; the last two are file descriptors: the listening socket, and a socket to the
-supervisor. The settings come by standard input, pickled.
-By the control socket comes a command a line: ``drain``, ``reload``, and ``siblings`` with what
-readiness should say of them, as JSON; back go ``ready``, or ``failed`` with a message. Its end
-means that the supervisor has gone.
+supervisor. The settings come by standard input, pickled. By the control socket comes a command a
+line: ``drain``, ``reload``, and ``siblings`` with what readiness should say of them, as JSON; back
+go ``ready``, or ``failed`` with a message. Its end means that the supervisor has gone.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Iterator
@@ -12,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.cog.plugins import register_default_plugins
-from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from embedding_server.telemetry import METRICS
 
@@ -109,37 +105,10 @@ def unknown_in(query: str) -> list[str]:
 def problems_of(dashboard: Json) -> list[str]:
     """What is wrong with a dashboard: nothing, one hopes."""
     return [
-        *_not_in_schema(dashboard),
         *_misplaced(dashboard["panels"]),
         *(f"{panel['title']!r}: {told}" for panel in panels_of(dashboard) for told in _bad(panel)),
         *_bad_variables(dashboard),
     ]
-
-
-def _not_in_schema(dashboard: Json) -> Iterator[str]:
-    """What Grafana's own types can't take, or don't know and leave out."""
-    register_default_plugins()
-    try:
-        read = Dashboard.from_json(copy.deepcopy(dashboard))
-        again = json.loads(JSONEncoder().encode(read))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        yield f"Grafana's types refuse it: {error}"
-        return
-    yield from _lost(dashboard, again, "")
-
-
-def _lost(value: Any, read: Any, place: str) -> Iterator[str]:
-    if isinstance(value, dict) and isinstance(read, dict):
-        for key, inner in value.items():
-            if key in read:
-                yield from _lost(inner, read[key], f"{place}.{key}")
-            else:
-                yield f"Grafana knows no {place}.{key}"
-    elif isinstance(value, list) and isinstance(read, list) and len(value) == len(read):
-        for index, (inner, again) in enumerate(zip(value, read, strict=True)):
-            yield from _lost(inner, again, f"{place}[{index}]")
-    elif value != read:
-        yield f"Grafana reads {place} as {read!r}"
 
 
 def _misplaced(panels: list[Json]) -> Iterator[str]:

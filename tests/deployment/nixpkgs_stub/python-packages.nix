@@ -23,6 +23,7 @@
   pyarrow = [ ];
   pydantic-settings = [ ];
   pytest = [ ];
+  pyyaml = [ ];
   ray = [ "data" "serve" ];
   ruff = [ ];
   safetensors = [ ];

@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A module stands on the floor of its longest prefix here; it may import what
 # is below it, and what stands under the same prefix.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "logs", "telemetry"),
+    ("errors", "logs", "processes"),
+    ("telemetry",),
     ("settings", "argv"),
     ("engine.batch", "engine.info", "engine.postprocess", "engine.stages"),
     ("engine.scheduler", "backends.base"),

@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,9 +15,9 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
-from prometheus_client.registry import Collector
+
+from embedding_server.processes import PROCESS_METRICS, Processes
 
 __all__ = ["METRICS", "Metric", "ModelMetrics", "Telemetry"]
 
@@ -119,16 +116,10 @@ _COUNTED: tuple[Metric, ...] = (
     ),
 )  # fmt: skip
 
-_OF_PROCESSES: tuple[Metric, ...] = (
-    Metric("process_cpu_seconds", "counter", "Seconds of processor time, of all workers together."),
-    Metric(
-        "process_resident_memory_bytes", "gauge",
-        "Memory in use; what workers share is counted for each.",
-    ),
-    Metric("process_open_fds", "gauge", "Open file descriptors, of all workers together."),
-    Metric("process_max_fds", "gauge", "How many there may be, of all workers together."),
-    Metric("process_start_time_seconds", "gauge", "When the server was started, since 1970."),
-)  # fmt: skip
+_OF_PROCESSES = tuple(
+    Metric(name.removesuffix("_total"), "counter" if name.endswith("_total") else "gauge", text)
+    for name, text in PROCESS_METRICS.items()
+)
 
 METRICS: tuple[Metric, ...] = (*_COUNTED, *_OF_PROCESSES)
 
@@ -169,7 +160,7 @@ class Telemetry:
         self.registry = CollectorRegistry()
         self._metrics = {row.name: _create(row, self.registry) for row in _COUNTED}
         self._finished: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        self._processes = _Processes()
+        self._processes = Processes()
         self.registry.register(self._processes)
         self.ready = self._gauge("ready")
         self.in_flight = self._gauge("requests_in_flight")
@@ -262,69 +253,3 @@ def _create(row: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histo
         case "histogram":
             buckets = row.buckets or ()
             return Histogram(name, row.help, row.labels, buckets=buckets, registry=registry)
-
-
-class _Processes(Collector):
-    """``_OF_PROCESSES`` as Linux' /proc tells them at each scrape; elsewhere there are none."""
-
-    supervisor: int | None = None
-    """Who minds this process and its siblings, with ``--workers``."""
-
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        try:
-            values = self._values()
-        except OSError:
-            return
-        for row, value in zip(_OF_PROCESSES, values, strict=True):
-            family = CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily
-            yield family(row.family, row.help, value=value)
-
-    def _values(self) -> tuple[float, ...]:
-        """In the order of ``_OF_PROCESSES``, over all processes of the server."""
-        first = str(self.supervisor or os.getpid())
-        read = [_Process.read(first)]
-        if self.supervisor is not None:
-            children = Path(f"/proc/{first}/task/{first}/children").read_text(encoding="ascii")
-            for worker in children.split():
-                with contextlib.suppress(OSError):  # it has ended
-                    read.append(_Process.read(worker))
-        # The first one's holds what workers took that have ended: a counter must not fall.
-        return (
-            read[0].ended_children_seconds + sum(process.cpu_seconds for process in read),
-            sum(process.resident_bytes for process in read),
-            sum(process.open_fds for process in read),
-            sum(process.max_fds for process in read),
-            read[0].start_time,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Process:
-    """What proc(5) tells of one."""
-
-    cpu_seconds: float
-    ended_children_seconds: float
-    resident_bytes: float
-    open_fds: int
-    max_fds: float
-    start_time: float
-
-    @classmethod
-    def read(cls, process: str) -> Self:
-        """Raises OSError where there is no such process, or no /proc."""
-        folder = Path("/proc", process)
-        # What follows the program's name, which may hold blanks and brackets.
-        stat = (folder / "stat").read_bytes().rpartition(b")")[2].split()
-        ticks = os.sysconf("SC_CLK_TCK")
-        boot = Path("/proc/stat").read_bytes().partition(b"\nbtime ")[2].split()[0]
-        with os.scandir(folder / "fd") as descriptors:
-            open_fds = sum(1 for _ in descriptors)
-        limits = (folder / "limits").read_bytes().partition(b"\nMax open files")[2].split()
-        return cls(
-            cpu_seconds=(int(stat[11]) + int(stat[12])) / ticks,
-            ended_children_seconds=(int(stat[13]) + int(stat[14])) / ticks,
-            resident_bytes=int(stat[21]) * os.sysconf("SC_PAGE_SIZE"),
-            open_fds=open_fds,
-            max_fds=float(limits[0].replace(b"unlimited", b"inf")),
-            start_time=int(boot) + int(stat[19]) / ticks,
-        )

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""What the system tells of the server's processes, together: processor time, memory, descriptors.
+
+The names are those of every Prometheus client library
+(https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from prometheus_client import ProcessCollector
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+__all__ = ["PROCESS_METRICS", "Processes"]
+
+# Name in the exposition -> help.
+PROCESS_METRICS = {
+    "process_cpu_seconds_total": "Seconds of processor time, of all workers together.",
+    "process_resident_memory_bytes": "Memory in use; what workers share is counted for each.",
+    "process_open_fds": "Open file descriptors, of all workers together.",
+    "process_max_fds": "How many there may be, of all workers together.",
+    "process_start_time_seconds": "When the server was started, since 1970.",
+}
+
+
+class Processes(Collector):
+    """``PROCESS_METRICS`` as Linux' /proc tells them at each scrape; elsewhere there are none."""
+
+    supervisor: int | None = None
+    """Who minds this process and its siblings, with ``--workers``."""
+
+    def collect(self) -> Iterator[Metric]:
+        first = self.supervisor or os.getpid()
+        try:
+            values = _values_of(first)
+            if self.supervisor is not None:
+                # A counter must not fall when a worker ends.
+                values["process_cpu_seconds_total"] += _seconds_of_ended_children(first)
+                children = Path(f"/proc/{first}/task/{first}/children").read_text(encoding="ascii")
+                for worker in children.split():
+                    # One that has just ended has no values.
+                    for name, value in _values_of(int(worker)).items():
+                        if name != "process_start_time_seconds":
+                            values[name] += value
+        except (OSError, KeyError):
+            return
+        for name, text in PROCESS_METRICS.items():
+            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            yield family(name, text, value=values[name])
+
+
+def _values_of(process: int) -> dict[str, float]:
+    """Its samples by their names; none if there is no such process, or no /proc."""
+    families = ProcessCollector(pid=lambda: process, registry=None).collect()
+    return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+def _seconds_of_ended_children(process: int) -> float:
+    """The fields cutime and cstime of proc(5), which follow a name that may hold brackets."""
+    stat = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
+    return (int(stat[13]) + int(stat[14])) / os.sysconf("SC_CLK_TCK")

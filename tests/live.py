@@ -56,15 +56,17 @@ def running_server(
     *arguments: str,
     env: Mapping[str, str] | None = None,
     wait: bool = True,
+    python: Sequence[str] = (sys.executable,),
     program: Sequence[str] = ("-m", "embedding_server.cli"),
+    cwd: Path | None = None,
 ) -> Iterator[LiveServer]:
     """``embedding-server serve`` with ``arguments``; with ``wait``, ready before the body runs."""
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "server.log"
-        command = [sys.executable, *program, "serve", "--port", "0"]
+        command = [*python, *program, "serve", "--port", "0"]
         with log_file.open("wb") as log:
             process = subprocess.Popen(
-                [*command, *arguments], env=environment(env), stdout=log, stderr=log
+                [*command, *arguments], cwd=cwd, env=environment(env), stdout=log, stderr=log
             )
         server: LiveServer | None = None
         try:

@@ -103,9 +103,12 @@ def metadata(wheel: Mapping[str, bytes]) -> Message:
 
 
 def test_the_sdist_is_the_repository(source: Path) -> None:
-    tracked = run("git", "-C", ROOT, "ls-files", "-z").split("\0")[:-1]
-    assert len(tracked) > 200
-    for name in tracked:
+    """As git sees it, down to what is new and not ignored."""
+    listing = ("ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    names = set(run("git", "-C", ROOT, *listing).split("\0")[:-1])
+    held = {str(file.relative_to(source)) for file in source.rglob("*") if file.is_file()}
+    assert held == names | {"PKG-INFO"}
+    for name in names:
         assert (source / name).read_bytes() == (ROOT / name).read_bytes(), name
         assert os.access(source / name, os.X_OK) == os.access(ROOT / name, os.X_OK), name
 

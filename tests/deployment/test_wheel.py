@@ -102,11 +102,12 @@ def metadata(wheel: Mapping[str, bytes]) -> Message:
 # --------------------------------------------------------------------------------- what they hold
 
 
-def test_the_sdist_is_the_repository(source: Path) -> None:
+def test_the_sdist_is_the_repository(dist: Path, source: Path) -> None:
     """As git sees it, down to what is new and not ignored."""
     listing = ("ls-files", "-z", "--cached", "--others", "--exclude-standard")
     names = set(run("git", "-C", ROOT, *listing).split("\0")[:-1])
-    held = {str(file.relative_to(source)) for file in source.rglob("*") if file.is_file()}
+    with tarfile.open(dist / f"{NAME}.tar.gz") as archive:
+        held = {member.name.removeprefix(f"{NAME}/") for member in archive if member.isfile()}
     assert held == names | {"PKG-INFO"}
     for name in names:
         assert (source / name).read_bytes() == (ROOT / name).read_bytes(), name

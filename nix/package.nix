@@ -9,11 +9,14 @@
 let
   inherit (pyproject) project;
   inherit (requirements) lagging;
+  # pyproject.toml takes it from there, too.
+  source = builtins.readFile ../src/embedding_server/__init__.py;
+  version = builtins.head (builtins.match ".*\n__version__ = \"([^\"]+)\".*" source);
   describe = { name, atLeast, ... }: "${name} ${python.pkgs.${name}.version} (wanted: ${atLeast})";
 in
 python.pkgs.buildPythonPackage {
   pname = project.name;
-  inherit (project) version;
+  inherit version;
   pyproject = true;
 
   # Only what the wheel is made of, so that a change of a test or a page builds nothing anew.

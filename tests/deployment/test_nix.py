@@ -26,6 +26,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from readme import ROOT, blocks, commands, section
 
+import embedding_server
 from embedding_server.models.catalog import CATALOG, DEFAULT_MODELS
 
 pytestmark = [
@@ -395,7 +396,7 @@ def test_readme(nix: Nix, tmp_path: Path) -> None:
     done = nix.run(build)
     assert done.returncode == 0, done.stderr
     done = nix.run("result/bin/embedding-server --version")
-    assert done.stdout == f"embedding-server {PROJECT['version']}\n"
+    assert done.stdout == f"embedding-server {embedding_server.__version__}\n"
 
     done = nix.run(image)
     assert done.returncode == 0, done.stderr

@@ -27,9 +27,9 @@ BIN = Path(sys.executable).parent
 
 
 def run(program: str, *arguments: str, cwd: Path) -> tuple[int, str]:
-    """Exit code and output of a program that the extra [packaging] installs."""
+    """Exit code and output of a program that scripts/check-packaging installs."""
     if not (BIN / program).exists():
-        pytest.skip(f"{program} is missing: it comes with the extra [packaging]")
+        pytest.skip(f"{program} is missing: scripts/check-packaging installs it")
     done = subprocess.run(
         [BIN / program, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60
     )
@@ -86,7 +86,7 @@ def copy(tmp_path: Path) -> Path:
     (tmp_path / ".git").mkdir()
     for name in (".github", "scripts", ".ci"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    for name in re.findall(r"tests/\S+\.py", (ROOT / ".github/workflows/release.yml").read_text()):
+    for name in re.findall(r"tests/\S+", (ROOT / ".github/workflows/release.yml").read_text()):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path

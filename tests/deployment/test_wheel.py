@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
@@ -27,7 +28,13 @@ from readme import commands, section
 
 import embedding_server
 
-pytestmark = pytest.mark.packaging
+pytestmark = [
+    pytest.mark.packaging,
+    pytest.mark.skipif(
+        not Path(sys.executable).with_name("twine").exists(),
+        reason="needs build and twine: scripts/check-packaging installs them",
+    ),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -77,12 +84,13 @@ def wheel(dist: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An environment made by the README's commands in the unpacked sdist, and nothing else."""
     home = tmp_path_factory.mktemp("home")
     for command in COMMANDS[:-1]:
         run("bash", "-c", at_home(command, home), cwd=source)
-    return home / "embedding-server"
+    yield home / "embedding-server"
+    shutil.rmtree(home)
 
 
 def at_home(command: str, home: Path) -> str:

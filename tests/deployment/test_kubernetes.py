@@ -29,15 +29,13 @@ from readme import ROOT, commands, section
 from embedding_server import __version__
 from embedding_server.settings import rows
 
-for needed in ("kubernetes_validate", "cloudcoil.models.prometheus_operator"):
-    pytest.importorskip(
-        needed,
-        reason="needs schemas: pip install -c constraints.txt kubernetes-validate "
-        "cloudcoil.models.prometheus_operator",
-    )
-import jsonschema
-import kubernetes_validate
-from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
+SCHEMAS = (
+    "needs schemas: pip install -c constraints.txt kubernetes-validate "
+    "cloudcoil.models.prometheus_operator"
+)
+jsonschema = pytest.importorskip("jsonschema", reason=SCHEMAS)
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason=SCHEMAS)
+pytest.importorskip("cloudcoil.models.prometheus_operator", reason=SCHEMAS)
 
 pytestmark = pytest.mark.packaging
 
@@ -163,6 +161,9 @@ def mib(quantity: str) -> float:
 @cache
 def service_monitor_schema() -> Thing:
     """The Prometheus operator's, with fields that it doesn't know refused."""
+    # Not above: it takes seconds, also where these tests are only collected.
+    from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
+
     schema = ServiceMonitor.model_json_schema()
     for part in (schema, *schema["$defs"].values()):
         if "properties" in part:

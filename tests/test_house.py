@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine", "backends"),
     ("models",),
     ("api", "embedder", "writers"),
-    ("app", "servers", "listener", "signals", "corpus", "verify"),
+    ("app", "servers", "listener", "notify", "signals", "corpus", "verify"),
     ("service",),
     ("worker", "supervisor"),
     ("server", "inventory", "bench"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import stat
 from collections.abc import Iterator
@@ -17,30 +18,83 @@ __all__ = ["listening"]
 
 _BACKLOG = 2048
 
+# The first descriptor of those that sd_listen_fds(3) hands over.
+_FIRST_HANDED = 3
+
 
 @contextmanager
 def listening(settings: Settings) -> Iterator[tuple[socket.socket, str]]:
     """A listening socket as ``settings`` want it, and its address for people.
 
-    Raises ConfigurationError if the address can't be listened on.
+    One that systemd listens on for this process is taken instead of one of our own. Raises
+    ConfigurationError if the address can't be listened on, or what was handed over can't be used.
     """
     made = None
-    if settings.uds is not None:
+    listener = _handed_over(settings)
+    if listener is None and settings.uds is not None:
         listener = _listen_on_file(settings.uds)
         made = _identity(settings.uds)
-        address = f"unix:{settings.uds}"
-    else:
+    elif listener is None:
         listener = _listen_on_port(settings.host, settings.port)
-        host, port = listener.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
-        address = f"{'https' if settings.tls_cert else 'http'}://{host}:{port}"
     try:
         with listener:
-            yield listener, address
+            yield listener, _address(listener, settings)
     finally:
         # Another server may have replaced it, once this one took no connection any more.
-        if settings.uds is not None and made == _identity(settings.uds):
+        if made is not None and settings.uds is not None and made == _identity(settings.uds):
             settings.uds.unlink()
+
+
+def _address(listener: socket.socket, settings: Settings) -> str:
+    name = listener.getsockname()
+    if not isinstance(name, tuple):
+        # A name in the kernel's own namespace, which is no file, begins with a zero.
+        return f"unix:@{name[1:].decode()}" if isinstance(name, bytes) else f"unix:{name}"
+    host, port = name[:2]
+    host = f"[{host}]" if ":" in host else host
+    return f"{'https' if settings.tls_cert else 'http'}://{host}:{port}"
+
+
+def _handed_over(settings: Settings) -> socket.socket | None:
+    """The socket that a service manager listens on for this process, after sd_listen_fds(3).
+
+    The variables that tell of it are taken out, as they are not for children.
+    """
+    pid, count, names = (os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES"))
+    if pid != str(os.getpid()) or count == "0":
+        return None
+    if count != "1":
+        raise ConfigurationError(
+            f"{count} sockets are handed over ({names}), and one is served: have one ListenStream= "
+            "in the socket unit, and no other unit with Service= of this one."
+        )
+    try:
+        os.set_inheritable(_FIRST_HANDED, False)
+        listener = socket.socket(fileno=_FIRST_HANDED)
+    except OSError as error:
+        raise ConfigurationError(
+            f"LISTEN_FDS is set, but descriptor {_FIRST_HANDED} is no socket ({error.strerror})."
+        ) from None
+    if problem := _unfit(listener):
+        raise ConfigurationError(f"The socket that is handed over ({names}) {problem}.")
+    own = [name for name in ("host", "port", "uds") if name in settings.model_fields_set]
+    if own:
+        raise ConfigurationError(
+            f"--{own[0]} is set, but the socket to listen on is handed over, with the address "
+            f"{_address(listener, settings)}: leave --{own[0]} out, or disable the socket unit."
+        )
+    return listener
+
+
+def _unfit(listener: socket.socket) -> str | None:
+    """Why it can't be served on."""
+    if listener.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+        return f"is neither a TCP nor a Unix socket, but of family {listener.family}"
+    if listener.type != socket.SOCK_STREAM:
+        return "is no stream: the socket unit needs ListenStream="
+    if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return "doesn't listen: the socket unit needs Accept=no"
+    return None
 
 
 def _listen_on_port(host: str, port: int) -> socket.socket:

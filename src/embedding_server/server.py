@@ -10,6 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from embedding_server.listener import listening
+from embedding_server.notify import Notifier
 from embedding_server.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,17 +34,19 @@ def serve(settings: Settings) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what it would read is read now
     for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
         os.environ.pop(name, None)  # somebody else's: only a supervisor gives one to its workers
+    notifier = Notifier.from_environment()
     runner: Service | Supervisor
     if settings.workers > 1:  # which needs none of what a service loads
         from embedding_server.supervisor import Supervisor
 
-        runner = Supervisor(settings)
+        runner = Supervisor(settings, notifier)
     else:
         from embedding_server.service import Service
 
-        runner = Service(settings)
+        runner = Service(settings, notifier=notifier)
     with listening(settings) as (listener, address):
         logger.info("listening on %s (API: /docs)", address)
+        notifier.listening(address)
         code = runner.run(listener)
     logger.info("ended")
     return code

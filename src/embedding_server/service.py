@@ -14,6 +14,7 @@ from collections.abc import Callable
 from embedding_server.app import create_app
 from embedding_server.errors import ConfigurationError
 from embedding_server.models.registry import Registry
+from embedding_server.notify import Notifier
 from embedding_server.servers.base import ServerOptions, server_class
 from embedding_server.servers.tls import ReloadableContext
 from embedding_server.settings import Settings
@@ -32,8 +33,8 @@ class Service:
     """The application under an ASGI server.
 
     ``on_start`` is called in the event loop before the first request, ``on_loaded`` when all
-    models are loaded. Raises ConfigurationError for what ``settings`` can't mean, and
-    ModelUnavailable for a --model that can't be understood.
+    models are loaded; ``notifier`` tells the service manager. Raises ConfigurationError for what
+    ``settings`` can't mean, and ModelUnavailable for a --model that can't be understood.
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class Service:
         *,
         on_start: Callable[[], None] = lambda: None,
         on_loaded: Callable[[], None] = lambda: None,
+        notifier: Notifier | None = None,
     ) -> None:
         self._on_start = on_start
         self._on_loaded = on_loaded
+        self._notifier = notifier or Notifier()
         self._load_error: Exception | None = None
         make_server = server_class(settings.server)
         self._tls: ReloadableContext | None = None
@@ -77,24 +80,29 @@ class Service:
 
     def drain(self) -> None:
         """Turn readiness red, accept no connection any more, finish what is under way and end."""
+        self._notifier.stopping()
         self.app.state.draining = True
         self._server.stop()
 
     def reload(self) -> None:
         """Read API keys and certificates again; what can't be used is told, and the old goes on."""
-        self.app.state.api_keys.reload()
-        if self._tls is not None:
-            try:
-                self._tls.reload()
-                logger.info("the TLS files are read again")
-            except ConfigurationError as error:
-                logger.error("The old TLS files stay in use. %s", error)
+        with self._notifier.reloading():
+            self.app.state.api_keys.reload()
+            if self._tls is not None:
+                try:
+                    self._tls.reload()
+                    logger.info("the TLS files are read again")
+                except ConfigurationError as error:
+                    logger.error("The old TLS files stay in use. %s", error)
 
     def _start(self) -> None:
         mind_signals(drain=self.drain, cut=lambda: None, reload=self.reload)
+        registry: Registry = self.app.state.registry
+        self._notifier.watch(lambda: not registry.hung)  # as /health/live
         self._on_start()
 
     def _loaded(self) -> None:
+        self._notifier.ready()
         self._on_loaded()
         # What lives as long as the process needn't be looked at in every collection of garbage.
         gc.collect()

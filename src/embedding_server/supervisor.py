@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embedding_server.errors import ConfigurationError
+from embedding_server.notify import Notifier
 from embedding_server.settings import Settings
 from embedding_server.signals import mind_signals
 
@@ -46,6 +47,8 @@ class _Worker:
     """Until now."""
     ends: int = 0
     """In a row, none of which came late."""
+    was_ready: bool = False
+    """Ever."""
     process: Process | None = None
     control: asyncio.StreamWriter | None = None
     steady: asyncio.TimerHandle | None = None
@@ -61,14 +64,14 @@ class Supervisor:
     Raises ConfigurationError on Windows.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, notifier: Notifier) -> None:
         if sys.platform == "win32":
             raise ConfigurationError("--workers can't be had on Windows: leave it out.")
         self._settings = settings
+        self._notifier = notifier
         self._workers = [_Worker(number) for number in range(1, settings.workers + 1)]
         self._draining = asyncio.Event()
         self._wake = asyncio.Event()  # ends the waits of all
-        self._was_ready = False  # any of them, ever
         self._failure: str | None = None  # why none can serve
 
     def run(self, listener: socket.socket) -> int:
@@ -90,7 +93,9 @@ class Supervisor:
     async def _run(self, listener: socket.socket) -> int:
         mind_signals(drain=self._draining.set, cut=self._cut, reload=self._reload)
         keepers = [asyncio.create_task(self._keep(worker, listener)) for worker in self._workers]
+        self._notifier.watch(lambda: True)  # a worker that hangs is replaced from here
         await self._draining.wait()
+        self._notifier.stopping()
         self._wake.set()
         listener.close()
         for worker in self._workers:
@@ -164,7 +169,9 @@ class Supervisor:
     def _hear(self, worker: _Worker, line: str) -> None:
         what, _, message = line.partition(" ")
         if what == "ready":
-            self._was_ready = True
+            worker.was_ready = True
+            if all(other.was_ready for other in self._workers):
+                self._notifier.ready()
             assert worker.process is not None
             loop = asyncio.get_running_loop()
             worker.steady = loop.call_later(_STEADY_SECONDS, self._steady, worker)
@@ -172,7 +179,7 @@ class Supervisor:
         elif what == "failed":
             reason = json.loads(message)
             running = [other for other in self._workers if other.process and other is not worker]
-            if self._was_ready and running:
+            if running and any(other.was_ready for other in self._workers):
                 logger.error("worker %d can't serve: %s", worker.number, reason)
             else:  # who restarts the server must know that nobody answers any more
                 self._failure = reason
@@ -188,8 +195,9 @@ class Supervisor:
     def _reload(self) -> None:
         self._wake.set()  # what kept a worker from starting may be mended
         self._wake.clear()
-        for worker in self._workers:
-            worker.command("reload")
+        with self._notifier.reloading():  # until they are told
+            for worker in self._workers:
+                worker.command("reload")
 
     def _kill(self) -> None:
         for worker in self._workers:

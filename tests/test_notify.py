@@ -39,15 +39,20 @@ class Told:
         return lines
 
 
-@pytest.fixture(params=["file", "abstract"])
+@pytest.fixture
 def told(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Told]:
-    file = f"{tmp_path}/notify"
-    manager = Told(file if request.param == "file" else f"@{file}")
+    """At a file, or with the parameter ``@`` at a name that is none."""
+    manager = Told(f"{getattr(request, 'param', '')}{tmp_path}/notify")
     with manager.socket:
         yield manager
 
 
-@pytest.mark.parametrize("workers", [1, 2], ids=["one process", "workers"])
+@pytest.mark.parametrize(
+    ("told", "workers"),
+    [("", 1), ("@", 2)],
+    indirect=["told"],
+    ids=["one process", "workers"],
+)
 def test_from_start_to_end(told: Told, workers: int) -> None:
     arguments = ("--model", MODEL, "--workers", f"{workers}")
     with running_server(*arguments, env=told.environment, wait=False) as server:

@@ -129,6 +129,9 @@ def missing() -> str | None:
     for tool in ("unshare", "nsenter", "curl", str(SYSTEMD), "/usr/bin/python3"):
         if shutil.which(tool) is None:
             return f"needs {tool}: apt-get install systemd util-linux curl python3-venv"
+    able = "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))"
+    if subprocess.run(["/usr/bin/python3", "-c", able], stderr=subprocess.DEVNULL).returncode:
+        return "needs Python 3.11 of the system with venv: apt-get install python3-venv"
     if _control_groups() is None:
         return "needs a file system of control groups (cgroup2) that can be written to"
     return None

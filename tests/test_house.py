@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("app", "servers", "listener", "notify", "signals", "corpus", "verify"),
     ("service",),
     ("worker", "supervisor"),
-    ("server", "inventory", "bench"),
+    ("server", "inventory", "bench", "ray"),
     ("cli",),
     ("",),
 )
@@ -116,7 +116,7 @@ def test_imports_go_in_no_circle() -> None:
 
 @pytest.mark.parametrize("name", MODULES, ids=lambda name: name or PACKAGE)
 def test_only_the_http_layer_knows_the_web(name: str) -> None:
-    http = place_of(name)[1] in ("api", "app", "servers", "server")
+    http = place_of(name)[1] in ("api", "app", "servers", "server", "ray")
     allowed = WEB if http else {"pydantic", "pydantic_settings"} if name == "settings" else set()
     assert top_level_imports_of(name) & WEB <= allowed
 

@@ -184,6 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--normalize", action=argparse.BooleanOptionalAction, default=True,
         help="scale vectors to length 1 (default), or leave the model's own output",
     )  # fmt: skip
+    _add_ray(embed)
     _add_settings(embed, "embed")
     _add_bench(
         commands.add_parser(
@@ -195,6 +196,31 @@ def build_parser() -> argparse.ArgumentParser:
         )
     )
     return parser
+
+
+def _add_ray(embed: argparse.ArgumentParser) -> None:
+    group = embed.add_argument_group(
+        "Ray",
+        "With --ray, FILE is a .parquet file or a folder of them, --field its column, and --output "
+        "a folder of .parquet files with all columns and 'embedding'. What was killed goes on when "
+        "it is run again with the same options.",
+    )
+    group.add_argument(
+        "--ray", action="store_true", help="embed on a cluster (needs the extra [ray])"
+    )
+    group.add_argument(
+        "--ray-address", default=argparse.SUPPRESS, metavar="ADDRESS",
+        help="the cluster's, as host:6379; without it and RAY_ADDRESS, one of this machine's cores",
+    )  # fmt: skip
+    group.add_argument(
+        "--ray-actors", type=_positive(int, 100_000), default=argparse.SUPPRESS, metavar="N",
+        help="processes with the model, of --threads cores each (default: as many as there is room "
+        "for, each with a whole node)",
+    )  # fmt: skip
+    group.add_argument(
+        "--ray-gpus", type=_positive(float, 1000), default=argparse.SUPPRESS, metavar="N",
+        help="GPUs for each of them, as 1 or 0.25 (default: none)",
+    )  # fmt: skip
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -317,9 +343,7 @@ def _run(command: str, options: dict[str, Any]) -> int:
 
         return serve(settings)
     if command == "embed":
-        from embedding_server.corpus import CorpusOptions, embed_corpus
-
-        return embed_corpus(settings, CorpusOptions(**options))
+        return _embed(settings, options)
     if command == "bench":
         return _bench(settings, flags, config, options)
     from embedding_server import inventory
@@ -333,6 +357,21 @@ def _run(command: str, options: dict[str, Any]) -> int:
             return inventory.verify_model(settings, options["name"])
         case _:
             return inventory.pull_models(settings, options["name"], options["to"])
+
+
+def _embed(settings: Settings, options: dict[str, Any]) -> int:
+    from embedding_server.corpus import CorpusOptions, embed_corpus
+
+    on_ray = options.pop("ray")
+    names = ("address", "actors", "gpus")
+    cluster = {name: options.pop(f"ray_{name}") for name in names if f"ray_{name}" in options}
+    if on_ray:
+        from embedding_server.ray.corpus import ClusterOptions, embed_on_ray
+
+        return embed_on_ray(settings, CorpusOptions(**options), ClusterOptions(**cluster))
+    if cluster:
+        raise ConfigurationError(f"--ray-{next(iter(cluster))} needs --ray.")
+    return embed_corpus(settings, CorpusOptions(**options))
 
 
 def _bench(

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from embedding_server.errors import ConfigurationError, EmbeddingServerError, In
 from embedding_server.settings import Settings
 from embedding_server.writers import Writer, writer_for
 
-__all__ = ["BadLine", "CorpusOptions", "embed_corpus"]
+__all__ = ["BadLine", "CorpusOptions", "Line", "embed_corpus", "embedded", "the_one_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +63,20 @@ class BadLine(EmbeddingServerError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
+class Line:
+    """One text and where it stands: in a line from 1 on, or in a table's row from 0 on."""
+
     file: str
     number: int
     text: str
+    unit: str = "line"
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}, {self.unit} {self.number}"
 
     def error(self, reason: str) -> BadLine:
-        return BadLine(f"{self.file}, line {self.number}: {reason}")
+        return BadLine(f"{self.place}: {reason}")
 
 
 def embed_corpus(settings: Settings, options: CorpusOptions) -> int:
@@ -78,13 +85,12 @@ def embed_corpus(settings: Settings, options: CorpusOptions) -> int:
     Raises BadLine, naming file and line, for one that can't be embedded; a file of output is
     then left as it was before.
     """
-    if len(settings.model) != 1:
-        raise ConfigurationError("embed needs exactly one --model, as --model all-MiniLM-L6-v2.")
+    model = the_one_model(settings)
     _check_readable(options.files)
     if options.field is None and any(Path(file).suffix in _JSON_LINES for file in options.files):
         logger.warning("every line is embedded as it stands; --field NAME takes it as JSON")
     open_writer = writer_for(options.output)
-    with Embedder.from_settings(settings.model[0], settings) as embedder:
+    with Embedder.from_settings(model, settings) as embedder:
         try:
             with open_writer(options.dimensions or embedder.info.dims) as writer:
                 _embed_all(embedder, options, writer)
@@ -93,11 +99,19 @@ def embed_corpus(settings: Settings, options: CorpusOptions) -> int:
     return 0
 
 
+def the_one_model(settings: Settings) -> str:
+    """The --model; raises ConfigurationError if there isn't exactly one."""
+    if len(settings.model) != 1:
+        raise ConfigurationError("embed needs exactly one --model, as --model all-MiniLM-L6-v2.")
+    return settings.model[0]
+
+
 def _embed_all(embedder: Embedder, options: CorpusOptions, writer: Writer) -> None:
     total = cut = 0
-    first_cut: _Line | None = None
+    first_cut: Line | None = None
     with tqdm(unit=" texts", disable=not sys.stderr.isatty()) as progress:
-        for lines, embeddings in _embedded(embedder, options):
+        every_line = _lines(options.files, options.field)
+        for lines, embeddings in embedded(embedder, every_line, options.params):
             writer.write(embeddings)
             for line, encoding in zip(lines, embeddings.encodings, strict=True):
                 if encoding.truncated:
@@ -108,28 +122,27 @@ def _embed_all(embedder: Embedder, options: CorpusOptions, writer: Writer) -> No
     logger.info("embedded %d texts", total)
     if first_cut is not None:
         logger.warning(
-            "%d of %d texts were cut to the %d tokens that %s takes, the first in %s, line %d",
-            *(cut, total, embedder.info.max_tokens, embedder.info.name),
-            *(first_cut.file, first_cut.number),
+            "%d of %d texts were cut to the %d tokens that %s takes, the first in %s",
+            *(cut, total, embedder.info.max_tokens, embedder.info.name, first_cut.place),
         )
 
 
-def _embedded(
-    embedder: Embedder, options: CorpusOptions
-) -> Iterator[tuple[list[_Line], Embeddings]]:
+def embedded(
+    embedder: Embedder, every_line: Iterable[Line], params: EmbedParams
+) -> Iterator[tuple[list[Line], Embeddings]]:
     """Chunk by chunk, in order, reading a few chunks ahead and never further.
 
-    What stands before a bad line is still yielded.
+    What stands before a bad line is still yielded; then its BadLine is raised.
     """
 
-    def embed(lines: list[_Line]) -> Embeddings:
-        return embedder.embed_detailed([line.text for line in lines], options.params)
+    def embed(lines: list[Line]) -> Embeddings:
+        return embedder.embed_detailed([line.text for line in lines], params)
 
-    waiting: deque[tuple[list[_Line], Future[Embeddings]]] = deque()
+    waiting: deque[tuple[list[Line], Future[Embeddings]]] = deque()
     bad_line: BadLine | None = None
     pool = ThreadPoolExecutor(_CHUNKS_AHEAD)
     try:
-        for chunk in _chunks(options.files, options.field):
+        for chunk in _chunks(every_line):
             if isinstance(chunk, BadLine):
                 bad_line = chunk
                 break
@@ -145,8 +158,8 @@ def _embedded(
 
 
 def _finished(
-    lines: list[_Line], future: Future[Embeddings], embed: Callable[[list[_Line]], Embeddings]
-) -> Iterator[tuple[list[_Line], Embeddings]]:
+    lines: list[Line], future: Future[Embeddings], embed: Callable[[list[Line]], Embeddings]
+) -> Iterator[tuple[list[Line], Embeddings]]:
     try:
         embeddings = future.result()
     except InvalidRequest as error:
@@ -158,13 +171,13 @@ def _finished(
     yield lines, embeddings
 
 
-def _chunks(files: Sequence[str], field: str | None) -> Iterator[list[_Line] | BadLine]:
+def _chunks(every_line: Iterable[Line]) -> Iterator[list[Line] | BadLine]:
     """Lines by the chunk; a line that can't be read is the last to come, as its error."""
-    chunk: list[_Line] = []
+    chunk: list[Line] = []
     characters = 0
     bad_line: BadLine | None = None
     try:
-        for line in _lines(files, field):
+        for line in every_line:
             chunk.append(line)
             characters += len(line.text)
             if len(chunk) >= _CHUNK_TEXTS or characters >= _CHUNK_CHARACTERS:
@@ -178,16 +191,16 @@ def _chunks(files: Sequence[str], field: str | None) -> Iterator[list[_Line] | B
         yield bad_line
 
 
-def _lines(files: Sequence[str], field: str | None) -> Iterator[_Line]:
+def _lines(files: Sequence[str], field: str | None) -> Iterator[Line]:
     for file in files:
         name = "standard input" if file == "-" else file
         with contextlib.ExitStack() as stack:
             stream = sys.stdin.buffer if file == "-" else stack.enter_context(Path(file).open("rb"))
             for number, raw in enumerate(stream, start=1):
-                yield _read_line(_Line(name, number, ""), raw, field)
+                yield _read_line(Line(name, number, ""), raw, field)
 
 
-def _read_line(line: _Line, raw: bytes, field: str | None) -> _Line:
+def _read_line(line: Line, raw: bytes, field: str | None) -> Line:
     if line.number == 1:
         raw = raw.removeprefix(codecs.BOM_UTF8)  # which editors on Windows write
     try:

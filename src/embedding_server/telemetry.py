@@ -216,6 +216,12 @@ class Telemetry:
         """Count one error answer by its ``code``."""
         self._counter("errors").labels(code).inc()
 
+    @property
+    def queued_tokens(self) -> float:
+        """Tokens that wait for a batch, of all models."""
+        families = self._gauge("queue_tokens").collect()
+        return sum(sample.value for family in families for sample in family.samples)
+
     def exposition(self) -> tuple[bytes, str]:
         """``(body, content type)`` in Prometheus' text format."""
         registry = self.registry

@@ -12,11 +12,12 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from embedding_server.engine.engine import Embeddings
 from embedding_server.errors import ConfigurationError
 
-__all__ = ["Writer", "writer_for"]
+__all__ = ["Writer", "import_pyarrow", "vector_column", "whole_file", "writer_for"]
 
 
 class Writer(Protocol):
@@ -52,7 +53,7 @@ def writer_for(output: str) -> OpenWriter:
     if path.is_dir():
         raise ConfigurationError(f"The output {output} is a folder; name a file.")
     if opener is _parquet:
-        _import_pyarrow()
+        import_pyarrow()
     return lambda dims: opener(path, dims)
 
 
@@ -98,8 +99,7 @@ class _Parquet:
     """Columns ``index`` and ``embedding``, a row group for each write."""
 
     def __init__(self, stream: BinaryIO, dims: int) -> None:
-        self._arrow, parquet = _import_pyarrow()
-        self._dims = dims
+        self._arrow, parquet = import_pyarrow()
         self._rows = 0
         self._schema = self._arrow.schema(
             [
@@ -110,15 +110,21 @@ class _Parquet:
         self._writer = parquet.ParquetWriter(stream, self._schema)
 
     def write(self, embeddings: Embeddings) -> None:
-        flat = self._arrow.array(np.ascontiguousarray(embeddings.vectors).ravel())
         rows = len(embeddings.vectors)
         index = self._arrow.array(np.arange(self._rows, self._rows + rows))
-        vectors = self._arrow.FixedSizeListArray.from_arrays(flat, self._dims)
+        vectors = vector_column(embeddings.vectors)
         self._writer.write(self._arrow.table([index, vectors], schema=self._schema))
         self._rows += rows
 
     def finish(self) -> None:
         self._writer.close()
+
+
+def vector_column(vectors: NDArray[np.float32]) -> Any:
+    """[n, dims] as Arrow's fixed-size lists."""
+    arrow, _ = import_pyarrow()
+    flat = arrow.array(np.ascontiguousarray(vectors).ravel())
+    return arrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
 
 
 @contextmanager
@@ -134,13 +140,13 @@ def _standard_output() -> Iterator[Writer]:
 
 @contextmanager
 def _json_lines(path: Path, dims: int) -> Iterator[Writer]:
-    with _whole_file(path) as stream:
+    with whole_file(path) as stream:
         yield _JsonLines(stream)
 
 
 @contextmanager
 def _npy(path: Path, dims: int) -> Iterator[Writer]:
-    with _whole_file(path) as stream:
+    with whole_file(path) as stream:
         writer = _Npy(stream, dims)
         yield writer
         writer.finish()
@@ -148,14 +154,14 @@ def _npy(path: Path, dims: int) -> Iterator[Writer]:
 
 @contextmanager
 def _parquet(path: Path, dims: int) -> Iterator[Writer]:
-    with _whole_file(path) as stream:
+    with whole_file(path) as stream:
         writer = _Parquet(stream, dims)
         yield writer
         writer.finish()
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A stream that becomes ``path`` only if all goes well; else nothing is left of it."""
     # A name of our own, as two runs may write to the same place.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -170,7 +176,8 @@ def _whole_file(path: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-def _import_pyarrow() -> tuple[Any, Any]:
+def import_pyarrow() -> tuple[Any, Any]:
+    """``pyarrow`` and ``pyarrow.parquet``; raises ConfigurationError without the extra."""
     try:
         import pyarrow
         import pyarrow.parquet

@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The server on Ray Serve: replicas with the models, and an ingress that none of them can fail.
+
+Ray's HTTP proxy answers 500 for what a dying replica had in hand. So between them stands an
+ingress without a model: it reads the request, hands it to a replica, whole, and on to another one
+if that dies. All that this server does may be repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import FastAPI
+from ray import exceptions, get_runtime_context, serve
+from ray.serve import exceptions as serve_exceptions
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from embedding_server.api.body import Bodies, Body
+from embedding_server.api.deadline import within_deadline
+from embedding_server.api.embeddings import DIRECT
+from embedding_server.api.errors import error_answer
+from embedding_server.api.keys import ApiKeys
+from embedding_server.api.middleware import RequestMiddleware
+from embedding_server.api.record import record_of
+from embedding_server.api.routes import prefix_of, route_of
+from embedding_server.app import create_app
+from embedding_server.errors import EmbeddingServerError, NotReady, Overloaded
+from embedding_server.logs import set_up_logging
+from embedding_server.models.choice import specs_of
+from embedding_server.models.registry import Registry
+from embedding_server.ray.metrics import Metrics, reporting
+from embedding_server.ray.options import options_of
+from embedding_server.ray.scaling import QUEUED_TOKENS, QueuedTokens
+from embedding_server.settings import Settings
+from embedding_server.telemetry import Telemetry
+
+__all__ = ["Answer", "Forwarded", "Ingress", "Models", "application"]
+
+logger = logging.getLogger(__name__)
+
+# A replica, its process or its machine has gone with the request, or with its answer.
+_GONE = (
+    exceptions.RayActorError,
+    exceptions.WorkerCrashedError,
+    exceptions.NodeDiedError,
+    exceptions.ObjectLostError,
+    serve_exceptions.ReplicaUnavailableError,
+)
+
+# Seconds before each further try. Bounded, as the request itself may be what kills them.
+_PAUSES = (0.05, 0.2, 1.0)
+
+# An orchestrator's probe, and a person, should know soon that no replica is there.
+_HEALTH_SECONDS = 3.0
+
+# Ray ends a replica by force this long after --drain-timeout.
+_END_SECONDS = 5.0
+
+# Past what the engines admit, by which they can say so themselves; metadata comes on top.
+_ROOM = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """One request on its way from the ingress to a replica."""
+
+    method: str
+    path: str
+    query: bytes
+    scheme: str
+    client: tuple[str, int] | None
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a replica answers."""
+
+    status: int
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+
+class Models:
+    """A replica: the application of the plain server, which gets its requests from the ingress.
+
+    Ray sends it none before its models are loaded.
+    """
+
+    async def __init__(self, settings: Settings, metrics: Any) -> None:  # type: ignore[misc]
+        set_up_logging(settings.log_format, settings.log_level)
+        self._end = contextlib.AsyncExitStack()
+        loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._app: FastAPI = create_app(
+            settings,
+            on_loaded=lambda: loaded.set_result(None),
+            on_load_error=loaded.set_exception,
+        )
+        self._telemetry: Telemetry = self._app.state.telemetry
+        await self._end.enter_async_context(self._app.router.lifespan_context(self._app))
+        try:
+            await loaded
+        except BaseException:
+            await self._end.aclose()
+            raise
+        await self._end.enter_async_context(reporting(self._telemetry, _name_of_this(), metrics))
+
+    async def __del__(self) -> None:  # Ray awaits it when the replica has drained
+        await self._end.aclose()
+
+    async def check_health(self) -> None:
+        """Ray replaces the replica when this raises."""
+        registry: Registry = self._app.state.registry
+        if not registry.ready:
+            raise NotReady(f"The models are {registry.status()}.")
+
+    async def record_autoscaling_stats(self) -> Mapping[str, float]:
+        """What ``QueuedTokens`` decides by."""
+        return {QUEUED_TOKENS: self._telemetry.queued_tokens}
+
+    async def answer(self, request: Forwarded) -> Answer:
+        """What the application answers; a cancelled call is to it a client that has hung up."""
+        hung_up = asyncio.Event()
+        work = asyncio.ensure_future(_ask(self._app, request, hung_up))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            hung_up.set()
+            await asyncio.gather(work, return_exceptions=True)
+            raise
+
+
+class Ingress:
+    """Takes requests from Ray's proxy and gives them to replicas, again if need be."""
+
+    async def __init__(self, settings: Settings, models: Any, metrics: Any) -> None:  # type: ignore[misc]
+        set_up_logging(settings.log_format, settings.log_level)
+        self._models = models
+        self._metrics = metrics
+        self._prefix = prefix_of(settings.root_path)
+        self._keys = ApiKeys(
+            (k.get_secret_value() for k in settings.api_key), settings.api_key_file
+        )
+        self._bodies = Bodies(max_body_bytes=settings.max_body_bytes, timeout=settings.body_timeout)
+        self._telemetry = Telemetry()  # of what no replica has seen
+        self._end = contextlib.AsyncExitStack()
+        await self._end.enter_async_context(reporting(self._telemetry, _name_of_this(), metrics))
+
+    async def __del__(self) -> None:
+        await self._end.aclose()
+
+    async def __call__(self, request: Request) -> Response:
+        """The answer of a replica, or our own if there is none to be had."""
+        path = request.scope["path"].removeprefix(self._prefix)
+        try:
+            if (request.method, path) in _WITH_A_BODY and self._is_let_in(request):
+                return await within_deadline(self._with_body, request)
+            if path.startswith("/health"):
+                async with asyncio.timeout(_HEALTH_SECONDS):
+                    return _response(await self._answer(request, b""))
+            answer = await self._answer(request, b"")
+            if path == "/metrics" and answer.status == 200:
+                answer = replace(answer, body=await self._metrics.exposition.remote())
+            return _response(answer)
+        except ClientDisconnect as error:
+            return self._told(error, path)
+        except TimeoutError:
+            return self._told(NotReady("Not ready: no replica answers."), path)
+        except EmbeddingServerError as error:
+            return self._told(error, path)
+
+    async def _with_body(self, request: Request) -> Response:
+        body = Body(self._bodies)
+        try:
+            return _response(await self._answer(request, await body.read(request)))
+        finally:
+            body.close()
+
+    async def _answer(self, request: Request, body: bytes) -> Answer:
+        started = time.monotonic()
+        scope = request.scope
+        forwarded = Forwarded(
+            method=scope["method"],
+            path=scope["path"],
+            query=scope["query_string"],
+            scheme=scope["scheme"],
+            client=tuple(scope["client"]) if scope.get("client") else None,
+            headers=tuple((bytes(name), bytes(value)) for name, value in scope["headers"]),
+            body=body,
+        )
+        for pause in (*_PAUSES, None):
+            try:
+                answer: Answer = await self._models.answer.remote(forwarded)
+                return answer
+            except _GONE as error:
+                gone = time.monotonic() - started
+                logger.warning("a replica has gone with a request after %.2f s: %s", gone, error)
+            except serve_exceptions.BackPressureError:
+                raise Overloaded(
+                    "No replica has room for this request. Try again later.", retry_after=1.0
+                ) from None
+            except serve_exceptions.DeploymentUnavailableError as error:
+                raise NotReady(f"The models can't be served: {error.message}") from None
+            if pause is not None:
+                await asyncio.sleep(pause)
+        raise NotReady(
+            f"{len(_PAUSES) + 1} replicas in a row have ended with this request in hand."
+        )
+
+    def _is_let_in(self, request: Request) -> bool:
+        """Whether to take the body: who has no key gets the replica's refusal without one."""
+        headers = [value for name, value in request.scope["headers"] if name == b"authorization"]
+        return not self._keys or self._keys.problem(headers) is None
+
+    def _told(self, error: Exception, path: str) -> Response:
+        return _Told(error, route_of(path), self._telemetry)
+
+
+class _Told(Response):
+    """An answer that no replica gave, with all that every answer has: id, log line, metrics."""
+
+    def __init__(self, error: Exception, route: str, telemetry: Telemetry) -> None:
+        super().__init__()
+        self._error = error
+        self._route = route
+        self._telemetry = telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def tell(scope: Scope, receive: Receive, send: Send) -> None:
+            record_of(scope).route = self._route
+            if not isinstance(self._error, EmbeddingServerError):
+                raise self._error
+            await error_answer(self._error)(scope, receive, send)
+
+        async def send_without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [pair for pair in message["headers"] if pair[0] != _ID]
+            await send(message)
+
+        await RequestMiddleware(tell, telemetry=self._telemetry)(scope, receive, send_without_id)
+
+
+# Ray's proxy gives every request an id that has none, and puts it on every answer.
+_ID = b"x-request-id"
+
+_WITH_A_BODY = {*DIRECT, *(("GET", path) for _, path in DIRECT)}
+
+
+def application(arguments: Mapping[str, Any]) -> Any:
+    """See ``embedding_server.ray.app``."""
+    options, settings = options_of(arguments)
+    prefix_of(settings.root_path)  # what is wrong here is wrong on every replica
+    at_a_time = len(specs_of(settings)) * settings.max_concurrent_requests + _ROOM
+    scaling = AutoscalingConfig(
+        min_replicas=options.min_replicas,
+        max_replicas=options.max_replicas,
+        upscale_delay_s=options.upscale_delay_s,
+        downscale_delay_s=options.downscale_delay_s,
+        look_back_period_s=options.look_back_period_s,
+        policy=AutoscalingPolicy(
+            policy_function=QueuedTokens,
+            policy_kwargs={"target": options.target_queued_tokens},
+        ),
+    )
+    quiet = {"enable_access_log": False}  # there is a line of ours for each request
+    metrics = serve.deployment(
+        Metrics, name="metrics", ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=10_000, logging_config=quiet,
+    ).bind()  # fmt: skip
+    models = serve.deployment(
+        Models,
+        name="models",
+        autoscaling_config=scaling,
+        ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
+        max_ongoing_requests=at_a_time,
+        max_queued_requests=at_a_time,
+        graceful_shutdown_timeout_s=settings.drain_timeout + _END_SECONDS,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5.0,
+        logging_config=quiet,
+    ).bind(settings, metrics)
+    return serve.deployment(
+        Ingress,
+        name="ingress",
+        num_replicas=options.ingress_replicas,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=at_a_time * options.max_replicas,
+        graceful_shutdown_timeout_s=settings.drain_timeout + _END_SECONDS,
+        graceful_shutdown_wait_loop_s=0.5,
+        logging_config=quiet,
+    ).bind(settings, models, metrics)
+
+
+async def _ask(
+    app: Callable[[Scope, Receive, Send], Awaitable[None]],
+    request: Forwarded,
+    hung_up: asyncio.Event,
+) -> Answer:
+    """Call ``app`` as an ASGI server would."""
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": request.method,
+        "scheme": request.scheme,
+        "path": request.path,
+        "raw_path": request.path.encode(),
+        "query_string": request.query,
+        "root_path": "",
+        "headers": list(request.headers),
+        "client": request.client,
+        "server": None,
+    }
+    status = 499  # of a client that has gone before
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    body = bytearray()
+    given = False
+
+    async def receive() -> Message:
+        nonlocal given
+        if not given:
+            given = True
+            return {"type": "http.request", "body": request.body, "more_body": False}
+        await hung_up.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        nonlocal status, headers
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            headers = tuple((bytes(name), bytes(value)) for name, value in message["headers"])
+        else:
+            body.extend(message.get("body", b""))
+
+    await app(scope, receive, send)
+    return Answer(status, headers, bytes(body))
+
+
+def _response(answer: Answer) -> Response:
+    response = Response(answer.body, answer.status)
+    own = (_ID, b"content-length")
+    kept = [pair for pair in answer.headers if pair[0] not in own]
+    response.raw_headers = [*kept, (b"content-length", b"%d" % len(answer.body))]
+    return response
+
+
+def _name_of_this() -> str:
+    """Of this process, as no other of the cluster has it."""
+    return str(get_runtime_context().get_actor_id())

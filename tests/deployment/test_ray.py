@@ -27,6 +27,7 @@ from readme import commands, section
 pytestmark = pytest.mark.packaging
 
 MODEL = "all-MiniLM-L6-v2"
+PARTS = 12
 INSTALL, SERVE, EMBED = commands(section("### Many machines: Ray"))
 BIN = str(Path(sys.executable).parent)
 
@@ -205,16 +206,94 @@ def test_a_killed_replica_loses_no_answer(cluster: Cluster, log: Path, golden: G
     assert len(cluster.replicas("default:models")) == 2
 
 
+# ------------------------------------------------------------------------------------------ corpora
+
+
+def corpus(file: Path, texts: list[str | None], *, row_group_size: int = 1000) -> Path:
+    pq.write_table(
+        pa.table({"id": pa.array(range(len(texts))), "text": pa.array(texts, pa.string())}),
+        file,
+        row_group_size=row_group_size,
+    )
+    return file
+
+
+def embed(cluster: Cluster, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """The README's command in ``folder``, beside replicas that have half of the cores."""
+    return subprocess.run(
+        embed_command(*more),
+        cwd=folder, env=cluster.env, stderr=subprocess.PIPE, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def embed_command(*more: str) -> list[str]:
+    return [*shlex.split(EMBED.replace(".venv/bin", BIN)), "--threads", "1", *more]
+
+
+def test_a_killed_corpus_goes_on(cluster: Cluster, tmp_path: Path, golden: Golden) -> None:
+    """Some rows are done, the command is killed, and run again: each row is there once."""
+    texts, expected = golden
+    repeated = [text for number in range(PARTS) for text in texts]
+    corpus(tmp_path / "corpus.parquet", list(repeated), row_group_size=len(texts))
+    output = tmp_path / "vectors"
+    with subprocess.Popen(
+        embed_command(), cwd=tmp_path, env=cluster.env, stderr=subprocess.PIPE
+    ) as first:
+        try:
+            wait_until(lambda: len(list(output.glob("part-*"))) >= 2, "parts")
+        finally:
+            first.kill()
+    assert first.returncode == -signal.SIGKILL
+    done = {file: file.stat().st_mtime_ns for file in output.glob("part-*")}
+    assert 2 <= len(done) < PARTS
+
+    other = embed(cluster, tmp_path, "--no-normalize")
+    assert other.returncode == 1
+    assert "was begun with another normalize" in other.stderr
+
+    second = embed(cluster, tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "rows are done already" in second.stderr
+    assert f"{len(repeated)} in all" in second.stderr
+    assert all(file.stat().st_mtime_ns == when for file, when in done.items())
+    assert not list(output.glob(".part*"))
+    table = pq.read_table(output)
+    assert table.column("id").to_pylist() == list(range(len(repeated)))
+    assert table.column("text").to_pylist() == repeated
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 384)
+    vectors = table.column("embedding").combine_chunks().flatten().to_numpy().reshape(-1, 384)
+    assert np.abs(vectors - np.tile(expected, (PARTS, 1))).max() < 1e-5
+
+
+def test_a_row_that_is_no_text_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    corpus(tmp_path / "corpus.parquet", ["one", "two", None, "four"], row_group_size=2)
+    process = embed(cluster, tmp_path)
+    assert process.returncode == 1
+    assert "corpus.parquet, row 2: null" in process.stderr
+
+
+def test_cut_texts_are_told(cluster: Cluster, tmp_path: Path) -> None:
+    corpus(tmp_path / "corpus.parquet", ["short", "long " * 300, "short"])
+    process = embed(cluster, tmp_path)
+    told = process.stderr
+    assert process.returncode == 0, told
+    assert "1 of 3 texts were cut to the 256 tokens that all-MiniLM-L6-v2 takes" in told
+    assert "corpus.parquet, row 1" in told
+
+
+# ------------------------------------------------------------------------------------------ scaling
+
+
 def test_replicas_follow_the_queue(cluster: Cluster, log: Path) -> None:
     """A second application beside the first, under a prefix, with a key."""
     arguments = [
         *("model=all-MiniLM-L6-v2", "root_path=/scaled", "api_key=secret", "num_cpus=0.5"),
-        *("max_replicas=2", "ingress_replicas=1", "target_queued_tokens=2000"),
+        *("max_replicas=2", "ingress_replicas=1", "target_queued_tokens=1000"),
         *("upscale_delay_s=0", "downscale_delay_s=1", "look_back_period_s=2"),
     ]
     command = [f"{BIN}/serve", "run", "--name", "scaled", "--route-prefix", "/scaled"]
     url = f"{cluster.url}/scaled/v1/embeddings"
-    body = {"model": MODEL, "input": long_texts(200)}
+    body = {"model": MODEL, "input": long_texts(25)}
     enough = threading.Event()
 
     def ask() -> set[int]:
@@ -236,86 +315,3 @@ def test_replicas_follow_the_queue(cluster: Cluster, log: Path) -> None:
                 enough.set()
             assert [client.result() for client in clients] == [{200}] * 4
         wait_until(lambda: len(cluster.replicas("scaled:models")) == 1, "one replica again")
-
-
-# ------------------------------------------------------------------------------------------ corpora
-
-
-def corpus(file: Path, texts: list[str | None], *, row_group_size: int = 1000) -> Path:
-    pq.write_table(
-        pa.table({"id": pa.array(range(len(texts))), "text": pa.array(texts, pa.string())}),
-        file,
-        row_group_size=row_group_size,
-    )
-    return file
-
-
-def embed(
-    cluster: Cluster, folder: Path, *more: str, popen: bool = False
-) -> subprocess.Popen[bytes]:
-    """The README's command in ``folder``, beside which other applications have their cores."""
-    words = [*shlex.split(EMBED.replace(".venv/bin", BIN)), "--threads", "1", *more]
-    process = subprocess.Popen(words, cwd=folder, env=cluster.env, stderr=subprocess.PIPE)
-    if not popen:
-        process.wait(90)
-    return process
-
-
-def said(process: subprocess.Popen[bytes]) -> str:
-    assert process.stderr is not None
-    with process.stderr as stream:
-        return stream.read().decode()
-
-
-def test_a_killed_corpus_goes_on(cluster: Cluster, tmp_path: Path, golden: Golden) -> None:
-    """Some rows are done, the command is killed, and run again: each row is there once."""
-    texts, expected = golden
-    repeated = [text for number in range(24) for text in texts]
-    corpus(tmp_path / "corpus.parquet", list(repeated), row_group_size=len(texts))
-    output = tmp_path / "vectors"
-    first = embed(cluster, tmp_path, popen=True)
-    try:
-        wait_until(
-            lambda: len(list(output.glob("part-*"))) >= 2 or first.poll() is not None, "parts"
-        )
-    finally:
-        first.kill()
-        first.wait()
-    assert first.returncode == -signal.SIGKILL, said(first)
-    said(first)
-    done = {file: file.stat().st_mtime_ns for file in output.glob("part-*")}
-    assert 2 <= len(done) < 24
-
-    other = embed(cluster, tmp_path, "--no-normalize")
-    assert other.returncode == 1
-    assert "was begun with another normalize" in said(other)
-
-    second = embed(cluster, tmp_path)
-    told = said(second)
-    assert second.returncode == 0, told
-    assert "rows are done already" in told
-    assert f"{len(repeated)} in all" in told
-    assert all(file.stat().st_mtime_ns == when for file, when in done.items())
-    assert not list(output.glob(".part*"))
-    table = pq.read_table(output)
-    assert table.column("id").to_pylist() == list(range(len(repeated)))
-    assert table.column("text").to_pylist() == repeated
-    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 384)
-    vectors = table.column("embedding").combine_chunks().flatten().to_numpy().reshape(-1, 384)
-    assert np.abs(vectors - np.tile(expected, (24, 1))).max() < 1e-5
-
-
-def test_a_row_that_is_no_text_is_named(cluster: Cluster, tmp_path: Path) -> None:
-    corpus(tmp_path / "corpus.parquet", ["one", "two", None, "four"], row_group_size=2)
-    process = embed(cluster, tmp_path)
-    assert process.returncode == 1
-    assert "corpus.parquet, row 2: null" in said(process)
-
-
-def test_cut_texts_are_told(cluster: Cluster, tmp_path: Path) -> None:
-    corpus(tmp_path / "corpus.parquet", ["short", "long " * 300, "short"])
-    process = embed(cluster, tmp_path)
-    told = said(process)
-    assert process.returncode == 0
-    assert "1 of 3 texts were cut to the 256 tokens that all-MiniLM-L6-v2 takes" in told
-    assert "corpus.parquet, row 1" in told

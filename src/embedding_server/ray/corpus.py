@@ -162,7 +162,13 @@ def _results(
     try:
         threads, actors = _shares(ray.nodes(), settings.threads, cluster)
         actors = min(actors, len(parts))
-        logger.info("%d processes of %d threads on the cluster", actors, threads)
+        free = ray.available_resources().get("CPU", 0.0)
+        logger.info(
+            "%d processes of %d threads, for which %g cores of the cluster are free",
+            *(actors, threads, free),
+        )
+        if free < threads:
+            logger.warning("waiting for %d cores of one node; see --threads", threads)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # there is one of ours
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says, we say
@@ -171,7 +177,8 @@ def _results(
             _Embed,
             fn_constructor_args=(settings.model_copy(update={"threads": threads}), options, folder),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=actors),
+            # As many at once as there is room for, and the others when there is.
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
             num_cpus=threads,
             num_gpus=cluster.gpus or None,
         )

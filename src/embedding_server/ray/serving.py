@@ -267,6 +267,8 @@ def application(arguments: Mapping[str, Any]) -> Any:
         upscale_delay_s=options.upscale_delay_s,
         downscale_delay_s=options.downscale_delay_s,
         look_back_period_s=options.look_back_period_s,
+        # Ray's own is 10 s, which a shorter look back would miss.
+        metrics_interval_s=min(10.0, options.look_back_period_s / 2),
         policy=AutoscalingPolicy(
             policy_function=QueuedTokens,
             policy_kwargs={"target": options.target_queued_tokens},

@@ -9,6 +9,7 @@ done, whatever was killed meanwhile, and a further run does the rest.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
@@ -71,7 +72,7 @@ def embed_on_ray(settings: Settings, options: CorpusOptions, cluster: ClusterOpt
     Returns the exit code. Raises ConfigurationError for what can't be meant, and
     EmbeddingServerError, naming file and row, for one that can't be embedded.
     """
-    ray = _import_ray()
+    _check_extra()
     model = the_one_model(settings)
     files = _files(options.files)
     parts = _parts(files, options.field)
@@ -92,7 +93,7 @@ def embed_on_ray(settings: Settings, options: CorpusOptions, cluster: ClusterOpt
     )
     with bar:
         if left:
-            for result in _results(ray, left, folder, settings, options, cluster):
+            for result in _results(left, folder, settings, options, cluster):
                 if result["error"]:
                     raise EmbeddingServerError(str(result["error"]))
                 told.append(result)
@@ -146,7 +147,6 @@ class _Embed:
 
 
 def _results(
-    ray: Any,
     parts: Sequence[_Part],
     folder: Path,
     settings: Settings,
@@ -154,6 +154,9 @@ def _results(
     cluster: ClusterOptions,
 ) -> Iterator[Mapping[str, Any]]:
     """What the actors say, part by part as each is done."""
+    import ray
+    import ray.data
+
     ours = not ray.is_initialized()
     if ours:
         address = cluster.address or os.environ.get("RAY_ADDRESS")
@@ -367,13 +370,9 @@ def _told(file: Path, rows: int) -> dict[str, Any] | None:
     return answer
 
 
-def _import_ray() -> Any:
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
+def _check_extra() -> None:
+    if importlib.util.find_spec("ray") is None:
         raise ConfigurationError(
-            f"--ray can't be used ({error}): install the extra [ray] with "
-            "pip install 'embedding-server[ray]', in a checkout with scripts/install '[ray]'."
-        ) from None
-    return ray
+            "--ray needs the extra [ray]; install it with pip install 'embedding-server[ray]', in "
+            "a checkout with scripts/install '[ray]'."
+        )

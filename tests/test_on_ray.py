@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""What of Ray needs no cluster: its arguments, its sums, and what is refused before one starts."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from live import environment, run_cli
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from readme import ROOT
+
+from embedding_server.errors import ConfigurationError, ModelUnavailable
+from embedding_server.ray.metrics import Metrics, reporting
+from embedding_server.ray.options import options_of
+from embedding_server.ray.scaling import QUEUED_TOKENS, QueuedTokens
+from embedding_server.telemetry import Telemetry
+
+MODEL = "all-MiniLM-L6-v2"
+
+# --------------------------------------------------------------------------------------- arguments
+
+
+def test_arguments_are_ours_and_rays() -> None:
+    """As ``serve run`` gives them, all of them strings."""
+    options, settings = options_of({"model": MODEL, "num_cpus": "2.5", "max_replicas": "8"})
+    assert (options.num_cpus, options.max_replicas) == (2.5, 8)
+    assert settings.model == (MODEL,)
+    assert settings.threads == 2
+    assert options_of({"num_cpus": 0.25})[1].threads == 1
+    assert options_of({"num_cpus": 0.25, "threads": 3})[1].threads == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"modle": MODEL}, "no argument modle; there are min_replicas"),
+        ({"num_cpus": "many"}, "num_cpus: "),
+        ({"min_replicas": 3, "max_replicas": 2}, "max_replicas=2 is below min_replicas=3"),
+        ({"port": 80}, "port can't be set under Ray Serve: set http_options"),
+        ({"workers": 2}, "workers can't be set under Ray Serve: set min_replicas"),
+        ({"max_body_bytes": 0}, "--max-body-bytes"),
+    ],
+    ids=["unknown", "kind", "bounds", "port", "workers", "setting"],
+)
+def test_arguments_that_mean_nothing_are_refused(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        options_of(arguments)
+
+
+def test_a_model_that_cannot_be_understood_is_refused_before_a_cluster_is_asked() -> None:
+    from embedding_server.ray import app
+
+    with pytest.raises(ModelUnavailable):
+        app({"model": "no/such/model/anywhere"})
+
+
+def test_no_usage_is_told_to_anyone() -> None:
+    program = "import os, embedding_server.ray; print(os.environ['RAY_USAGE_STATS_ENABLED'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout.strip() == b"0"
+
+
+def test_the_constraints_have_all_that_ray_brings() -> None:
+    """At the versions that are installed, for this Python."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {canonicalize_name(n): v for n, _, v in (line.partition("==") for line in lines) if v}
+    todo = [Requirement("embedding-server[ray]")]
+    seen: set[str] = set()
+    while todo:
+        wanted = todo.pop()
+        if str(wanted) in seen:
+            continue
+        seen.add(str(wanted))
+        found = importlib.metadata.distribution(wanted.name)
+        if wanted.name != "embedding-server":
+            assert pinned[canonicalize_name(wanted.name)] == found.version
+        for text in found.requires or ():
+            further = Requirement(text)
+            extras = [*wanted.extras, ""]
+            if further.marker is None or any(further.marker.evaluate({"extra": e}) for e in extras):
+                todo.append(further)
+    assert len(seen) > 40
+
+
+# ----------------------------------------------------------------------------------------- scaling
+
+
+@pytest.mark.parametrize(
+    ("waiting", "wanted"),
+    [([], 1), ([0.0], 1), ([1000.0], 1), ([1001.0], 2), ([2500.0, 2500.0], 5)],
+    ids=["unknown", "idle", "at", "above", "two"],
+)
+def test_replicas_follow_waiting_tokens(waiting: list[float], wanted: int) -> None:
+    told = {QUEUED_TOKENS: dict(enumerate(waiting))} if waiting else None
+    assert QueuedTokens(target=1000)(SimpleNamespace(aggregated_metrics=told)) == (wanted, {})
+
+
+# ----------------------------------------------------------------------------------------- metrics
+
+
+class _Handle:
+    """Calls as a Ray Serve handle does; ``broken`` for as long as none gets through."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self.broken = False
+        self.report = SimpleNamespace(remote=self._report)
+
+    async def _report(self, *arguments: Any) -> None:
+        if self.broken:
+            raise ConnectionError
+        await self._metrics.report(*arguments)
+
+
+def value(exposition: bytes, line: str) -> float | None:
+    rows = [row.rpartition(" ") for row in exposition.decode().splitlines()]
+    found = [float(number) for name, _, number in rows if name == f"embedding_server_{line}"]
+    return found[0] if found else None
+
+
+def test_counters_stay_and_gauges_go() -> None:
+    async def run() -> None:
+        metrics = Metrics()
+        handle = _Handle(metrics)
+        first, second = Telemetry(), Telemetry()
+        async with reporting(first, "first", handle):
+            async with reporting(second, "second", handle):
+                for telemetry, count in ((first, 3.0), (second, 4.0)):
+                    telemetry.for_model("m").tokens.inc(count)
+                    telemetry.for_model("m").queue_tokens.set(count)
+                    telemetry.for_model("m").batch_size.observe(count)
+                    telemetry.model_loaded("m", backend="onnx", revision=None, dims=2, max_tokens=8)
+                for _ in range(200):
+                    if value(await metrics.exposition(), 'tokens_total{model="m"}') == 7:
+                        break
+                    await asyncio.sleep(0.05)  # each tells once a second
+                told = await metrics.exposition()
+                assert value(told, 'queue_tokens{model="m"}') == 7
+                assert value(told, 'batch_size_count{model="m"}') == 2
+                assert value(told, 'batch_size_bucket{le="4.0",model="m"}') == 2
+                assert b'model_info{backend="onnx",dims="2",' in told
+                assert told.count(b"} 1.0\n") >= 1
+                handle.broken = True
+                first.for_model("m").tokens.inc(10)
+            handle.broken = False  # what could not be told is told with the next
+        told = await metrics.exposition()
+        assert value(told, 'tokens_total{model="m"}') == 17
+        assert value(told, 'queue_tokens{model="m"}') in (None, 4)  # the second died unheard
+        plain, _ = first.exposition()
+        kinds = {row for row in plain.decode().splitlines() if row.startswith("#")}
+        assert kinds == {row for row in told.decode().splitlines() if row.startswith("#")}
+
+    asyncio.run(run())
+
+
+# ----------------------------------------------------------------------------------------- corpora
+
+
+def write(file: Path, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), file)
+    return file
+
+
+def refused(*arguments: object) -> str:
+    """What ``embed --ray`` says, which needs no cluster to say so."""
+    done = run_cli("embed", "--ray", "--model", MODEL, *map(str, arguments))
+    assert done.returncode == 1
+    return done.stderr.decode()
+
+
+def test_inputs_that_cannot_be_embedded_are_refused_by_name(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.parquet", id=[1], text=["one"])
+    output = tmp_path / "output"
+    numbers = write(tmp_path / "numbers.parquet", text=[1, 2])
+    assert f"{numbers}: the column 'text' is int64" in refused(
+        numbers, "--field", "text", "-o", output
+    )
+    assert "no column 'body': name one of id, text" in refused(
+        good, "--field", "body", "-o", output
+    )
+    other = write(tmp_path / "other.parquet", text=["two"])
+    assert f"{other} has other columns than {good}" in refused(
+        good, other, "--field", "text", "-o", output
+    )
+    torn = tmp_path / "torn.parquet"
+    torn.write_bytes(good.read_bytes()[:-9])
+    assert f"{torn} is no Parquet file" in refused(torn, "--field", "text", "-o", output)
+    done = write(tmp_path / "done.parquet", text=["one"], embedding=["x"])
+    assert "has a column 'embedding' already" in refused(done, "--field", "text", "-o", output)
+    assert not output.exists()
+
+
+def test_an_output_of_others_is_refused(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.parquet", text=["one"])
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "mine.parquet").touch()
+    assert "holds other files" in refused(good, "--field", "text", "-o", output)
+    (output / "mine.parquet").unlink()
+    (output / "_manifest.json").write_text(json.dumps({"model": "another"}))
+    assert "was begun with another" in refused(good, "--field", "text", "-o", output)
+    assert "-o must name a folder" in refused(good, "--field", "text", "-o", good)
+    plain = run_cli("embed", "--ray-actors", "2", "--model", MODEL, str(good))
+    assert b"--ray-actors needs --ray" in plain.stderr
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['ray'] = None\n")
+    env = environment({"PYTHONPATH": f"{tmp_path}:{environment().get('PYTHONPATH', '')}"})
+    done = run_cli("embed", "--ray", "--model", MODEL, "x.parquet", env=env)
+    assert done.returncode == 1
+    assert b"pip install 'embedding-server[ray]'" in done.stderr
+    for words in (["--help"], ["embed", "--help"]):
+        assert run_cli(*words, env=env).returncode == 0
+
+
+def test_help_does_not_load_ray() -> None:
+    program = (
+        "import sys\nfrom embedding_server.cli import build_parser\nbuild_parser().format_help()\n"
+        "sys.exit('ray' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

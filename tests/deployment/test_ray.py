@@ -168,6 +168,21 @@ def test_a_client_that_hangs_up_costs_no_more(cluster: Cluster, log: Path) -> No
     wait_until(lambda: counted(cluster, queued) == 0, "an empty queue", 5)
 
 
+def test_a_deadline_ends_the_work(cluster: Cluster, log: Path) -> None:
+    ended = 'requests_total{model="all-MiniLM-L6-v2",route="/v1/embeddings",status="504"}'
+    before = counted(cluster, ended)
+    response = httpx.post(
+        f"{cluster.url}/v1/embeddings",
+        json={"model": MODEL, "input": long_texts(300)},
+        headers={"x-request-timeout": "0.3"},
+    )
+    assert response.status_code == 504
+    assert "The 0.3 s that x-request-timeout gave" in response.json()["error"]["message"]
+    wait_until(lambda: counted(cluster, ended) == before + 1, "the replica's own count")
+    queued = 'queue_tokens{model="all-MiniLM-L6-v2"}'
+    wait_until(lambda: counted(cluster, queued) == 0, "an empty queue", 5)
+
+
 def test_a_killed_replica_loses_no_answer(cluster: Cluster, log: Path, golden: Golden) -> None:
     texts, expected = golden
     answers: list[float] = []

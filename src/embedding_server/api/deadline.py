@@ -11,9 +11,9 @@ from fastapi import Request, Response
 
 from embedding_server.errors import DeadlineExceeded, InvalidRequest
 
-__all__ = ["within_deadline"]
+__all__ = ["DEADLINE_HEADER", "deadline_exceeded", "seconds_given", "within_deadline"]
 
-_HEADER = b"x-request-timeout"
+DEADLINE_HEADER = b"x-request-timeout"
 
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}")
 
@@ -25,10 +25,24 @@ def within_deadline(
 
     Raises InvalidRequest for a header that is no time, and, awaited, DeadlineExceeded.
     """
+    seconds = seconds_given(request)
+    return endpoint(request) if seconds is None else _limited(endpoint, request, seconds)
+
+
+def seconds_given(request: Request) -> float | None:
+    """What the header says, if it is there; raises InvalidRequest if that is no time."""
     for name, value in request.scope["headers"]:
-        if name == _HEADER:
-            return _limited(endpoint, request, _seconds(value.decode("latin-1")))
-    return endpoint(request)
+        if name == DEADLINE_HEADER:
+            return _seconds(value.decode("latin-1"))
+    return None
+
+
+def deadline_exceeded(seconds: float) -> DeadlineExceeded:
+    """What to raise when the ``seconds`` are over."""
+    return DeadlineExceeded(
+        f"The {seconds:g} s that x-request-timeout gave this request are over; what was left of "
+        "it is not computed."
+    )
 
 
 async def _limited(
@@ -40,10 +54,7 @@ async def _limited(
     except TimeoutError:
         if not timeout.expired():
             raise
-    raise DeadlineExceeded(
-        f"The {seconds:g} s that x-request-timeout gave this request are over; what was left of "
-        "it is not computed."
-    )
+    raise deadline_exceeded(seconds)
 
 
 def _seconds(text: str) -> float:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,12 +19,13 @@ from fastapi import FastAPI
 from ray import exceptions, get_runtime_context, serve
 from ray.serve import exceptions as serve_exceptions
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from embedding_server.api.body import Bodies, Body
-from embedding_server.api.deadline import within_deadline
+from embedding_server.api.cors import Cors
+from embedding_server.api.deadline import DEADLINE_HEADER, deadline_exceeded, seconds_given
 from embedding_server.api.embeddings import DIRECT
 from embedding_server.api.errors import error_answer
 from embedding_server.api.keys import ApiKeys
@@ -53,6 +53,7 @@ _GONE = (
     exceptions.WorkerCrashedError,
     exceptions.NodeDiedError,
     exceptions.ObjectLostError,
+    exceptions.TaskCancelledError,  # by Ray: what we cancel ourselves we wait for no longer
     serve_exceptions.ReplicaUnavailableError,
 )
 
@@ -61,6 +62,9 @@ _PAUSES = (0.05, 0.2, 1.0)
 
 # An orchestrator's probe, and a person, should know soon that no replica is there.
 _HEALTH_SECONDS = 3.0
+
+# Past a client's deadline, in which a replica says that it is over.
+_GRACE_SECONDS = 0.5
 
 # Ray ends a replica by force this long after --drain-timeout.
 _END_SECONDS = 5.0
@@ -152,6 +156,7 @@ class Ingress:
             (k.get_secret_value() for k in settings.api_key), settings.api_key_file
         )
         self._bodies = Bodies(max_body_bytes=settings.max_body_bytes, timeout=settings.body_timeout)
+        self._origins = settings.cors_origin
         self._telemetry = Telemetry()  # of what no replica has seen
         self._end = contextlib.AsyncExitStack()
         await self._end.enter_async_context(reporting(self._telemetry, _name_of_this(), metrics))
@@ -164,47 +169,49 @@ class Ingress:
         path = request.scope["path"].removeprefix(self._prefix)
         try:
             if (request.method, path) in _WITH_A_BODY and self._is_let_in(request):
-                return await within_deadline(self._with_body, request)
+                return _response(await self._within_deadline(request))
             if path.startswith("/health"):
                 async with asyncio.timeout(_HEALTH_SECONDS):
-                    return _response(await self._answer(request, b""))
-            answer = await self._answer(request, b"")
+                    return _response(await self._ask_replicas(_forwarded(request)))
+            answer = await self._ask_replicas(_forwarded(request))
             if path == "/metrics" and answer.status == 200:
                 answer = replace(answer, body=await self._metrics.exposition.remote())
             return _response(answer)
-        except ClientDisconnect as error:
-            return self._told(error, path)
         except TimeoutError:
             return self._told(NotReady("Not ready: no replica answers."), path)
-        except EmbeddingServerError as error:
+        except Exception as error:  # which is told in the shape of all errors
             return self._told(error, path)
 
-    async def _with_body(self, request: Request) -> Response:
+    async def _within_deadline(self, request: Request) -> Answer:
+        """A replica minds the client's deadline; this is for when none is there."""
+        seconds = seconds_given(request)
+        if seconds is None:
+            return await self._with_body(request, None)
+        until = asyncio.get_running_loop().time() + seconds
+        try:
+            async with asyncio.timeout_at(until + _GRACE_SECONDS):
+                return await self._with_body(request, until)
+        except TimeoutError:
+            raise deadline_exceeded(seconds) from None
+
+    async def _with_body(self, request: Request, until: float | None) -> Answer:
         body = Body(self._bodies)
         try:
-            return _response(await self._answer(request, await body.read(request)))
+            return await self._ask_replicas(_forwarded(request, await body.read(request)), until)
         finally:
             body.close()
 
-    async def _answer(self, request: Request, body: bytes) -> Answer:
-        started = time.monotonic()
-        scope = request.scope
-        forwarded = Forwarded(
-            method=scope["method"],
-            path=scope["path"],
-            query=scope["query_string"],
-            scheme=scope["scheme"],
-            client=tuple(scope["client"]) if scope.get("client") else None,
-            headers=tuple((bytes(name), bytes(value)) for name, value in scope["headers"]),
-            body=body,
-        )
+    async def _ask_replicas(self, request: Forwarded, until: float | None = None) -> Answer:
         for pause in (*_PAUSES, None):
+            response = self._models.answer.remote(request)
             try:
-                answer: Answer = await self._models.answer.remote(forwarded)
+                answer: Answer = await response
                 return answer
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
             except _GONE as error:
-                gone = time.monotonic() - started
-                logger.warning("a replica has gone with a request after %.2f s: %s", gone, error)
+                logger.warning("a replica has gone with a request: %s", error)
             except serve_exceptions.BackPressureError:
                 raise Overloaded(
                     "No replica has room for this request. Try again later.", retry_after=1.0
@@ -213,6 +220,8 @@ class Ingress:
                 raise NotReady(f"The models can't be served: {error.message}") from None
             if pause is not None:
                 await asyncio.sleep(pause)
+            if until is not None:
+                request = _with_time_left(request, until - asyncio.get_running_loop().time())
         raise NotReady(
             f"{len(_PAUSES) + 1} replicas in a row have ended with this request in hand."
         )
@@ -223,14 +232,17 @@ class Ingress:
         return not self._keys or self._keys.problem(headers) is None
 
     def _told(self, error: Exception, path: str) -> Response:
-        return _Told(error, route_of(path), self._telemetry)
+        return _Told(error, route_of(path), self._telemetry, self._origins)
 
 
 class _Told(Response):
     """An answer that no replica gave, with all that every answer has: id, log line, metrics."""
 
-    def __init__(self, error: Exception, route: str, telemetry: Telemetry) -> None:
+    def __init__(
+        self, error: Exception, route: str, telemetry: Telemetry, origins: Sequence[str]
+    ) -> None:
         super().__init__()
+        self._origins = origins
         self._error = error
         self._route = route
         self._telemetry = telemetry
@@ -247,7 +259,8 @@ class _Told(Response):
                 message["headers"] = [pair for pair in message["headers"] if pair[0] != _ID]
             await send(message)
 
-        await RequestMiddleware(tell, telemetry=self._telemetry)(scope, receive, send_without_id)
+        front = Cors(tell, origins=self._origins) if self._origins else tell
+        await RequestMiddleware(front, telemetry=self._telemetry)(scope, receive, send_without_id)
 
 
 # Ray's proxy gives every request an id that has none, and puts it on every answer.
@@ -346,6 +359,25 @@ async def _ask(
 
     await app(scope, receive, send)
     return Answer(status, headers, bytes(body))
+
+
+def _forwarded(request: Request, body: bytes = b"") -> Forwarded:
+    scope = request.scope
+    return Forwarded(
+        method=scope["method"],
+        path=scope["path"],
+        query=scope["query_string"],
+        scheme=scope["scheme"],
+        client=tuple(scope["client"]) if scope.get("client") else None,
+        headers=tuple((bytes(name), bytes(value)) for name, value in scope["headers"]),
+        body=body,
+    )
+
+
+def _with_time_left(request: Forwarded, seconds: float) -> Forwarded:
+    others = [pair for pair in request.headers if pair[0] != DEADLINE_HEADER]
+    left = (DEADLINE_HEADER, b"%.3f" % max(seconds, 0.001))
+    return replace(request, headers=(*others, left))
 
 
 def _response(answer: Answer) -> Response:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from live import environment, run_cli
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from readme import ROOT
+from readme import ROOT, blocks, commands, section
 
 from embedding_server.errors import ConfigurationError, ModelUnavailable
 from embedding_server.ray.metrics import Metrics, reporting
@@ -65,14 +67,36 @@ def test_a_model_that_cannot_be_understood_is_refused_before_a_cluster_is_asked(
         app({"model": "no/such/model/anywhere"})
 
 
+def test_paths_are_whole(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray's processes stand elsewhere; a name is no path."""
+    monkeypatch.chdir(tiny_model.parent)
+    given = {"model": f"./tiny,{MODEL}", "load_models_from": "tiny"}
+    _, settings = options_of(given)
+    assert settings.model == (str(tiny_model), MODEL)
+    assert settings.load_models_from == tiny_model
+
+
+def test_the_configuration_of_the_docs() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    (block,) = blocks((ROOT / "docs/deployment.md").read_text().partition("\n## Ray\n")[2], "yaml")
+    configuration = ServeDeploySchema.model_validate(yaml.safe_load(block))
+    (application,) = configuration.applications
+    assert application.import_path == "embedding_server.ray:app"
+    options, settings = options_of(application.args)
+    assert (options.max_replicas, settings.model, settings.threads) == (8, (MODEL,), 2)
+
+
 def test_no_usage_is_told_to_anyone() -> None:
     program = "import os, embedding_server.ray; print(os.environ['RAY_USAGE_STATS_ENABLED'])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert done.stdout.strip() == b"0"
 
 
-def test_the_constraints_have_all_that_ray_brings() -> None:
+def test_the_constraints_have_all_that_the_extra_installs() -> None:
     """At the versions that are installed, for this Python."""
+    install, *_ = commands(section("### Many machines: Ray"))
+    assert shlex.split(install) == ["scripts/install", "[ray]"]
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {canonicalize_name(n): v for n, _, v in (line.partition("==") for line in lines) if v}
     todo = [Requirement("embedding-server[ray]")]

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.packaging
 
 MODEL = "all-MiniLM-L6-v2"
 PARTS = 12
-INSTALL, SERVE, EMBED = commands(section("### Many machines: Ray"))
+_, SERVE, EMBED = commands(section("### Many machines: Ray"))
 BIN = str(Path(sys.executable).parent)
 
 Golden = tuple[list[str], NDArray[np.float32]]
@@ -89,6 +89,7 @@ def test_the_same_api(cluster: Cluster, log: Path, golden: Golden) -> None:
         assert "<html" in client.get("/docs").text
         assert client.get("/openapi.json").json()["info"]["title"] == "embedding-server"
         assert client.get("/health/live").json() == {"status": "live"}
+        assert client.get("/-/healthz").status_code == 200  # Ray's own, for a load balancer
         assert client.get("/nowhere").json()["error"]["code"] == "not_found"
 
 

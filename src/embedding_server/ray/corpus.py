@@ -8,13 +8,14 @@ done, whatever was killed meanwhile, and a further run does the rest.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from embedding_server.corpus import CorpusOptions, Line, embedded, the_one_model
 from embedding_server.embedder import Embedder
 from embedding_server.engine.info import ModelInfo
 from embedding_server.errors import ConfigurationError, EmbeddingServerError
+from embedding_server.ray.options import with_whole_paths
 from embedding_server.settings import Settings
 from embedding_server.writers import import_pyarrow, vector_column, whole_file
 
@@ -73,6 +75,7 @@ def embed_on_ray(settings: Settings, options: CorpusOptions, cluster: ClusterOpt
     EmbeddingServerError, naming file and row, for one that can't be embedded.
     """
     _check_extra()
+    settings = with_whole_paths(settings)
     model = the_one_model(settings)
     files = _files(options.files)
     parts = _parts(files, options.field)
@@ -93,11 +96,13 @@ def embed_on_ray(settings: Settings, options: CorpusOptions, cluster: ClusterOpt
     )
     with bar:
         if left:
-            for result in _results(left, folder, settings, options, cluster):
-                if result["error"]:
-                    raise EmbeddingServerError(str(result["error"]))
-                told.append(result)
-                bar.update(int(result["rows"]))
+            results = _results(left, folder, settings, options, cluster)
+            with contextlib.closing(results):
+                for result in results:
+                    if result["error"]:
+                        raise EmbeddingServerError(str(result["error"]))
+                    told.append(result)
+                    bar.update(int(result["rows"]))
     logger.info("embedded %d rows; %d in all, in %s", rows_left, total, folder)
     cut = [result for result in told if result["truncated"]]
     if cut:
@@ -152,7 +157,7 @@ def _results(
     settings: Settings,
     options: CorpusOptions,
     cluster: ClusterOptions,
-) -> Iterator[Mapping[str, Any]]:
+) -> Generator[Mapping[str, Any], None, None]:
     """What the actors say, part by part as each is done."""
     import ray
     import ray.data

@@ -9,9 +9,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embedding_server.errors import ConfigurationError
+from embedding_server.models.spec import parse_spec
 from embedding_server.settings import Settings, load_settings, rows
 
-__all__ = ["ServeOptions", "options_of"]
+__all__ = ["ServeOptions", "options_of", "with_whole_paths"]
 
 # What Ray's HTTP proxy does in the server's place, and what says how.
 _OF_THE_PROXY = {
@@ -69,4 +70,17 @@ def options_of(arguments: Mapping[str, Any]) -> tuple[ServeOptions, Settings]:
             raise ConfigurationError(f"{name} can't be set under Ray Serve: {instead}.")
     if settings.threads is None:  # not all that the machine has: others live there
         settings = settings.model_copy(update={"threads": max(1, int(options.num_cpus))})
-    return options, settings
+    return options, with_whole_paths(settings)
+
+
+def with_whole_paths(settings: Settings) -> Settings:
+    """What means the same in another process, which stands in another folder.
+
+    Raises ModelUnavailable for a --model that can't be understood.
+    """
+    folders = [parse_spec(text, revision=settings.revision).folder for text in settings.model]
+    pairs = zip(folders, settings.model, strict=True)
+    whole = tuple(str(folder.absolute()) if folder else text for folder, text in pairs)
+    files = {name: getattr(settings, name) for name in ("load_models_from", "api_key_file")}
+    paths = {name: path.absolute() for name, path in files.items() if path is not None}
+    return settings.model_copy(update={"model": whole, **paths})

@@ -163,6 +163,7 @@ def test_counters_stay_and_gauges_go() -> None:
                 for telemetry, count in ((first, 3.0), (second, 4.0)):
                     telemetry.for_model("m").tokens.inc(count)
                     telemetry.for_model("m").queue_tokens.set(count)
+                    telemetry.ready.set(count == 3)
                     telemetry.for_model("m").batch_size.observe(count)
                     telemetry.model_loaded("m", backend="onnx", revision=None, dims=2, max_tokens=8)
                 for _ in range(200):
@@ -173,8 +174,11 @@ def test_counters_stay_and_gauges_go() -> None:
                 assert value(told, 'queue_tokens{model="m"}') == 7
                 assert value(told, 'batch_size_count{model="m"}') == 2
                 assert value(told, 'batch_size_bucket{le="4.0",model="m"}') == 2
-                assert b'model_info{backend="onnx",dims="2",' in told
-                assert told.count(b"} 1.0\n") >= 1
+                info = 'model_info{backend="onnx",dims="2",max_tokens="8",model="m",revision=""}'
+                assert value(told, info) == 1
+                assert value(told, "ready") == 1
+                started = float(told.partition(b"\nprocess_start_time_seconds ")[2].split()[0])
+                assert 0 < started < 4e9
                 handle.broken = True
                 first.for_model("m").tokens.inc(10)
             handle.broken = False  # what could not be told is told with the next

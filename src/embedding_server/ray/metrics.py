@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import operator
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric as Family
 
-from embedding_server.telemetry import METRICS, Metric, Telemetry
+from embedding_server.telemetry import METRICS, Telemetry
 
 __all__ = ["Metrics", "Samples", "reporting"]
 
@@ -29,7 +30,7 @@ _REPORT_SECONDS = 1.0
 _SILENT_SECONDS = 10.0
 
 Samples = dict[tuple[str, str, tuple[tuple[str, str], ...]], float]
-"""Values by metric, by the sample's name and by its labels."""
+"""Values by the family's name, by the sample's, and by its labels."""
 
 
 class Metrics:
@@ -59,12 +60,10 @@ class Metrics:
     def collect(self) -> Iterator[Family]:
         """What prometheus_client asks a registered collector for."""
         totals = dict(self._counted)
-        rows = {row.name: row for row in METRICS}
         for _, in_hand in self._in_hand.values():
             for key, value in in_hand.items():
-                add = max if rows[key[0]].over_processes == "max" else float.__add__
-                totals[key] = add(totals.get(key, 0.0), value)
-        families = {row.name: _family(row) for row in METRICS}
+                totals[key] = _together(key[0])(totals[key], value) if key in totals else value
+        families = {row.family: Family(row.family, row.help, row.kind) for row in METRICS}
         for (metric, sample, labels), value in totals.items():
             families[metric].add_sample(sample, dict(labels), value)
         yield from families.values()
@@ -101,8 +100,15 @@ async def reporting(telemetry: Telemetry, source: str, metrics: Any) -> AsyncIte
             await asyncio.wait_for(report(last=True), _REPORT_SECONDS)
 
 
-def _family(row: Metric) -> Family:
-    return Family(f"embedding_server_{row.name}", row.help, row.kind)
+_ADDED_UP = {row.family for row in METRICS if row.over_processes == "livesum"}
+
+
+def _together(family: str) -> Callable[[float, float], float]:
+    """What two processes' gauges of a family make."""
+    if family == "process_start_time_seconds":
+        return min
+    # Of what isn't added up, as readiness, one that has it is enough.
+    return operator.add if family in _ADDED_UP else max
 
 
 def _samples(telemetry: Telemetry) -> tuple[Samples, Samples]:
@@ -111,7 +117,6 @@ def _samples(telemetry: Telemetry) -> tuple[Samples, Samples]:
     in_hand: Samples = {}
     for family in telemetry.registry.collect():
         into = in_hand if family.type == "gauge" else counted
-        name = family.name.removeprefix("embedding_server_")
         for sample in family.samples:
-            into[name, sample.name, tuple(sample.labels.items())] = sample.value
+            into[family.name, sample.name, tuple(sample.labels.items())] = sample.value
     return counted, in_hand

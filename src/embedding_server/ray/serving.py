@@ -60,7 +60,7 @@ _GONE = (
 # Seconds before each further try. Bounded, as the request itself may be what kills them.
 _PAUSES = (0.05, 0.2, 1.0)
 
-# An orchestrator's probe, and a person, should know soon that no replica is there.
+# An orchestrator's probe, a scrape, and a person should know soon that no replica is there.
 _HEALTH_SECONDS = 3.0
 
 # Past a client's deadline, in which a replica says that it is over.
@@ -117,6 +117,7 @@ class Models:
         except BaseException:
             await self._end.aclose()
             raise
+        self._telemetry.ready.set(1)
         await self._end.enter_async_context(reporting(self._telemetry, _name_of_this(), metrics))
 
     async def __del__(self) -> None:  # Ray awaits it when the replica has drained
@@ -125,6 +126,7 @@ class Models:
     async def check_health(self) -> None:
         """Ray replaces the replica when this raises."""
         registry: Registry = self._app.state.registry
+        self._telemetry.ready.set(registry.ready)
         if not registry.ready:
             raise NotReady(f"The models are {registry.status()}.")
 
@@ -170,12 +172,11 @@ class Ingress:
         try:
             if (request.method, path) in _WITH_A_BODY and self._is_let_in(request):
                 return _response(await self._within_deadline(request))
-            if path.startswith("/health"):
-                async with asyncio.timeout(_HEALTH_SECONDS):
-                    return _response(await self._ask_replicas(_forwarded(request)))
-            answer = await self._ask_replicas(_forwarded(request))
-            if path == "/metrics" and answer.status == 200:
-                answer = replace(answer, body=await self._metrics.exposition.remote())
+            soon = path.startswith("/health") or path == "/metrics"
+            async with asyncio.timeout(_HEALTH_SECONDS if soon else None):
+                answer = await self._ask_replicas(_forwarded(request))
+                if path == "/metrics" and answer.status == 200:
+                    answer = replace(answer, body=await self._metrics.exposition.remote())
             return _response(answer)
         except TimeoutError:
             return self._told(NotReady("Not ready: no replica answers."), path)

@@ -16,16 +16,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.exceptions
 import yaml
 from live import environment, run_cli
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from ray.serve.exceptions import BackPressureError
 from readme import ROOT, blocks, commands, section
 
-from embedding_server.errors import ConfigurationError, ModelUnavailable
+from embedding_server.errors import ConfigurationError, ModelUnavailable, NotReady, Overloaded
 from embedding_server.ray.metrics import Metrics, reporting
 from embedding_server.ray.options import options_of
 from embedding_server.ray.scaling import QUEUED_TOKENS, QueuedTokens
+from embedding_server.ray.serving import Answer, Forwarded, ask_replicas
 from embedding_server.telemetry import Telemetry
 
 MODEL = "all-MiniLM-L6-v2"
@@ -115,6 +118,54 @@ def test_the_constraints_have_all_that_the_extra_installs() -> None:
             if further.marker is None or any(further.marker.evaluate({"extra": e}) for e in extras):
                 todo.append(further)
     assert len(seen) > 40
+
+
+# ------------------------------------------------------------------------------------------ ingress
+
+
+def asked(*outcomes: object, until: float | None = None) -> tuple[Answer, list[Forwarded]]:
+    """What an ingress answers whose replicas do ``outcomes``, one a call; and what they got."""
+    calls: list[Forwarded] = []
+
+    async def answer(request: Forwarded) -> Any:
+        outcome = outcomes[len(calls)]
+        calls.append(request)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def run() -> Answer:
+        remote = SimpleNamespace(remote=lambda request: asyncio.ensure_future(answer(request)))
+        models = SimpleNamespace(answer=remote)
+        now = asyncio.get_running_loop().time()
+        headers = ((b"x-request-timeout", b"9"), (b"x-request-id", b"mine"))
+        request = Forwarded("POST", "/v1/embeddings", b"", "http", None, headers, b"{}")
+        return await ask_replicas(models, request, until and now + until)
+
+    return asyncio.run(run()), calls
+
+
+def test_another_replica_is_asked_when_one_dies() -> None:
+    fine = Answer(200, (), b"vectors")
+    lost = ray.exceptions.ObjectLostError("00", None, "")
+    answer, calls = asked(ray.exceptions.ActorDiedError(), lost, fine, until=9)
+    assert answer is fine
+    assert len(calls) == 3
+    assert dict(calls[0].headers)[b"x-request-timeout"] == b"9"
+    # The others have what time is left, and all else alike.
+    assert 8 < float(dict(calls[2].headers)[b"x-request-timeout"]) < 9
+    assert dict(calls[2].headers)[b"x-request-id"] == b"mine"
+    assert calls[2].body == b"{}"
+
+
+def test_a_request_that_kills_replicas_is_given_up() -> None:
+    with pytest.raises(NotReady, match="4 replicas in a row"):
+        asked(*(ray.exceptions.ActorDiedError() for _ in range(9)))
+
+
+def test_no_room_at_any_replica_is_overload() -> None:
+    with pytest.raises(Overloaded):
+        asked(BackPressureError(8, 8))
 
 
 # ----------------------------------------------------------------------------------------- scaling

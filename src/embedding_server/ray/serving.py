@@ -43,7 +43,7 @@ from embedding_server.ray.scaling import QUEUED_TOKENS, QueuedTokens
 from embedding_server.settings import Settings
 from embedding_server.telemetry import Telemetry
 
-__all__ = ["Answer", "Forwarded", "Ingress", "Models", "application"]
+__all__ = ["Answer", "Forwarded", "Ingress", "Models", "application", "ask_replicas"]
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class Ingress:
                 return _response(await self._within_deadline(request))
             soon = path.startswith("/health") or path == "/metrics"
             async with asyncio.timeout(_HEALTH_SECONDS if soon else None):
-                answer = await self._ask_replicas(_forwarded(request))
+                answer = await ask_replicas(self._models, _forwarded(request))
                 if path == "/metrics" and answer.status == 200:
                     answer = replace(answer, body=await self._metrics.exposition.remote())
             return _response(answer)
@@ -198,34 +198,11 @@ class Ingress:
     async def _with_body(self, request: Request, until: float | None) -> Answer:
         body = Body(self._bodies)
         try:
-            return await self._ask_replicas(_forwarded(request, await body.read(request)), until)
+            return await ask_replicas(
+                self._models, _forwarded(request, await body.read(request)), until
+            )
         finally:
             body.close()
-
-    async def _ask_replicas(self, request: Forwarded, until: float | None = None) -> Answer:
-        for pause in (*_PAUSES, None):
-            response = self._models.answer.remote(request)
-            try:
-                answer: Answer = await response
-                return answer
-            except asyncio.CancelledError:
-                response.cancel()
-                raise
-            except _GONE as error:
-                logger.warning("a replica has gone with a request: %s", error)
-            except serve_exceptions.BackPressureError:
-                raise Overloaded(
-                    "No replica has room for this request. Try again later.", retry_after=1.0
-                ) from None
-            except serve_exceptions.DeploymentUnavailableError as error:
-                raise NotReady(f"The models can't be served: {error.message}") from None
-            if pause is not None:
-                await asyncio.sleep(pause)
-            if until is not None:
-                request = _with_time_left(request, until - asyncio.get_running_loop().time())
-        raise NotReady(
-            f"{len(_PAUSES) + 1} replicas in a row have ended with this request in hand."
-        )
 
     def _is_let_in(self, request: Request) -> bool:
         """Whether to take the body: who has no key gets the replica's refusal without one."""
@@ -234,6 +211,35 @@ class Ingress:
 
     def _told(self, error: Exception, path: str) -> Response:
         return _Told(error, route_of(path), self._telemetry, self._origins)
+
+
+async def ask_replicas(models: Any, request: Forwarded, until: float | None = None) -> Answer:
+    """The answer of one of ``models``, by their handle; of another if that dies meanwhile.
+
+    ``until`` is the client's deadline, in the event loop's time. Raises NotReady if too many die,
+    and Overloaded if none has room.
+    """
+    for pause in (*_PAUSES, None):
+        response = models.answer.remote(request)
+        try:
+            answer: Answer = await response
+            return answer
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except _GONE as error:
+            logger.warning("a replica has gone with a request: %s", error)
+        except serve_exceptions.BackPressureError:
+            raise Overloaded(
+                "No replica has room for this request. Try again later.", retry_after=1.0
+            ) from None
+        except serve_exceptions.DeploymentUnavailableError as error:
+            raise NotReady(f"The models can't be served: {error.message}") from None
+        if pause is not None:
+            await asyncio.sleep(pause)
+        if until is not None:
+            request = _with_time_left(request, until - asyncio.get_running_loop().time())
+    raise NotReady(f"{len(_PAUSES) + 1} replicas in a row have ended with this request in hand.")
 
 
 class _Told(Response):

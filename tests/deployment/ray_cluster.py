@@ -38,10 +38,10 @@ class Cluster:
     def replicas(self, deployment: str) -> list[int]:
         """The processes of ``application:deployment``'s replicas, as Ray names them."""
         name = f"ray::ServeReplica:{deployment}".encode()
+        titles = {pid: _read(f"/proc/{pid}/cmdline") for pid in _descendants(self.process.pid)}
+        # A method that runs stands behind a dot.
         return sorted(
-            pid
-            for pid in _descendants(self.process.pid)
-            if _read(f"/proc/{pid}/cmdline").rstrip(b"\0 ") == name
+            pid for pid, title in titles.items() if title.rstrip(b"\0 ").partition(b".")[0] == name
         )
 
     @contextmanager

@@ -224,6 +224,7 @@ def test_counters_stay_and_gauges_go() -> None:
                 told = await metrics.exposition()
                 assert value(told, 'queue_tokens{model="m"}') == 7
                 assert value(told, 'batch_size_count{model="m"}') == 2
+                assert value(told, 'truncated_inputs_total{model="m"}') == 0
                 assert value(told, 'batch_size_bucket{le="4.0",model="m"}') == 2
                 info = 'model_info{backend="onnx",dims="2",max_tokens="8",model="m",revision=""}'
                 assert value(told, info) == 1

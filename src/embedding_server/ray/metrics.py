@@ -78,25 +78,32 @@ async def reporting(telemetry: Telemetry, source: str, metrics: Any) -> AsyncIte
         counted, in_hand = _samples(telemetry)
         new = {key: value - told.get(key, 0.0) for key, value in counted.items()}
         await metrics.report.remote(
-            source, {k: v for k, v in new.items() if v}, None if last else in_hand
+            source,
+            {key: value for key, value in new.items() if value or key not in told},
+            None if last else in_hand,
         )
         told.update(counted)
 
-    async def report_again_and_again() -> None:
+    ending = asyncio.Event()
+
+    async def report_until_the_end() -> None:
         while True:
-            await asyncio.sleep(_REPORT_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ending.wait(), _REPORT_SECONDS)
+                return
             try:
                 await report()
             except Exception as error:  # nothing is lost: the next one tells it
                 logger.warning("metrics could not be reported: %s", error)
 
-    task = asyncio.create_task(report_again_and_again(), name="reporting metrics")
+    task = asyncio.create_task(report_until_the_end(), name="reporting metrics")
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        with contextlib.suppress(Exception):  # when everything ends, the adder may be gone already
+        ending.set()
+        # When everything ends, who adds up may be gone already.
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(task, _REPORT_SECONDS)
             await asyncio.wait_for(report(last=True), _REPORT_SECONDS)
 
 

@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("app", "servers", "listener", "notify", "signals", "corpus", "verify"),
     ("service",),
     ("worker", "supervisor"),
-    ("server", "inventory", "bench", "ray"),
+    ("server", "inventory", "bench", "health", "ray"),
     ("cli",),
     ("",),
 )

@@ -296,6 +296,7 @@ COMMANDS = {
     "info": ["models", "info", "name"],
     "verify": ["models", "verify", "name"],
     "pull": ["models", "pull", "name", "--to", "folder"],
+    "health": ["health"],
 }
 SAMPLES = {"matryoshka": "name=64,128"}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The command line: ``embedding-server serve | models | embed | bench``."""
+"""The command line: ``embedding-server serve | models | embed | bench | health``."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"embedding-server {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="serve | models | embed | bench")
+    commands = parser.add_subparsers(
+        dest="command", metavar="serve | models | embed | bench | health"
+    )
     serve = commands.add_parser(
         "serve",
         help="answer HTTP requests",
@@ -195,6 +197,14 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
     )
+    health = commands.add_parser(
+        "health",
+        help="ask a server on this machine whether it is ready",
+        description="Ask a server on this machine whether it is ready; exits with 0 if it is. "
+        "It is found by the same settings that it was started with.",
+        allow_abbrev=False,
+    )
+    _add_settings(health, "health")
     return parser
 
 
@@ -344,6 +354,10 @@ def _run(command: str, options: dict[str, Any]) -> int:
         return serve(settings)
     if command == "embed":
         return _embed(settings, options)
+    if command == "health":
+        from embedding_server.health import check_health
+
+        return check_health(settings)
     if command == "bench":
         return _bench(settings, flags, config, options)
     from embedding_server import inventory

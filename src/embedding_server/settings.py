@@ -56,6 +56,7 @@ _ALL = ("serve", "embed", "list", "info", "pull", "verify")
 _MODELS = ("serve", "embed", "list")
 _INFERENCE = ("serve", "embed", "info", "verify")
 _SERVE = ("serve",)
+_LISTEN = ("serve", "health")
 
 
 def _split(value: object) -> object:
@@ -129,10 +130,10 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
 
-    host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for every interface", _SERVE)
-    port: int = _setting(5000, "port to listen on; 0 picks a free one", _SERVE, ge=0, le=65535)
+    host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for every interface", _LISTEN)
+    port: int = _setting(5000, "port to listen on; 0 picks a free one", _LISTEN, ge=0, le=65535)
     uds: Path | None = _setting(
-        None, "Unix socket to listen on, instead of --host and --port", _SERVE
+        None, "Unix socket to listen on, instead of --host and --port", _LISTEN
     )
     workers: int = _setting(
         1,
@@ -240,7 +241,7 @@ class Settings(BaseSettings):
     metrics_public: bool = _setting(False, "answer /metrics without a key, too", _SERVE)
     tls_cert: Path | None = _setting(
         None, "PEM file of a certificate to serve HTTPS with, and its chain; read again at SIGHUP",
-        _SERVE,
+        _LISTEN,
     )  # fmt: skip
     tls_key: Path | None = _setting(None, "PEM file of the key of --tls-cert", _SERVE)
     tls_client_ca: Path | None = _setting(

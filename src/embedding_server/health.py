@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Asks a server on this machine whether it is ready: the health check of a container."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import sys
+from http.client import HTTPConnection, HTTPException
+
+from embedding_server.errors import ConfigurationError
+from embedding_server.settings import Settings
+
+__all__ = ["check_health"]
+
+_SECONDS = 5.0
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
+
+
+def check_health(settings: Settings) -> int:
+    """Ask the server with these settings, and print what it says; 0 if it is ready, else 1.
+
+    Raises ConfigurationError if it can't be asked.
+    """
+    if settings.tls_client_ca is not None:
+        raise ConfigurationError(
+            "With --tls-client-ca only clients with a certificate come in, which a health check "
+            "has not: switch it off (docker run --no-healthcheck)."
+        )
+    if settings.uds is None and settings.port == 0:
+        raise ConfigurationError("The server is anywhere with --port 0: give the port it has.")
+    try:
+        status, told = _ask(settings)
+    except (OSError, HTTPException) as error:
+        status, told = 0, f"no answer: {error}"
+    sys.stdout.write(f"{told}\n")
+    return 0 if status == 200 else 1
+
+
+def _ask(settings: Settings) -> tuple[int, str]:
+    with _connect(settings) as stream:
+        connection = HTTPConnection("localhost", timeout=_SECONDS)
+        connection.sock = stream
+        connection.request("GET", "/health/ready")
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode(errors="replace")
+
+
+def _connect(settings: Settings) -> socket.socket:
+    if settings.uds is not None:
+        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        stream.settimeout(_SECONDS)
+        stream.connect(str(settings.uds))
+    else:
+        host = _LOOPBACK.get(settings.host, settings.host)
+        stream = socket.create_connection((host, settings.port), _SECONDS)
+    if settings.tls_cert is None:
+        return stream
+    # The certificate is for the name that clients know, and whose it is matters to them.
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context.wrap_socket(stream)

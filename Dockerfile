@@ -24,8 +24,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM server AS models
 # Names as `embedding-server models pull` takes them, separated by spaces; empty bakes none.
 ARG MODELS="all-MiniLM-L6-v2"
-# Another hub than huggingface.co, as a mirror.
-ARG HF_ENDPOINT=""
+# The hub, or a mirror of it.
+ARG HF_ENDPOINT=https://huggingface.co
 # What lies in the folder models/ of the checkout is taken from there, the rest from the hub. The
 # token for gated models is a secret: --secret id=HF_TOKEN,env=HF_TOKEN.
 # What is baked is what `serve` serves by itself, so the names go into its configuration, too.

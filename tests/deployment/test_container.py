@@ -26,7 +26,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import tiny_models
 from hub_standin import HubStandIn
 from in_process import until
 from live import LiveServer, environment, run_cli, under_way
@@ -418,7 +417,7 @@ def test_what_the_image_says_and_what_is_not_in_it(
     assert config["StopSignal"] == "SIGTERM"
     assert config["ExposedPorts"] == {"5000/tcp": {}}
     assert (config["Entrypoint"], config["Cmd"]) == (["embedding-server"], ["serve"])
-    assert config["Healthcheck"]["Test"] == ["CMD", "embedding-server", "health"]
+    assert image["Healthcheck"]["Test"] == ["CMD", "embedding-server", "health"]
     files = machine.sh(
         "docker run --rm --user 0 --entrypoint sh embedding-server "
         "-c 'find /opt /models /cache /root /etc; command -v gcc cc pip pip3 || true'"
@@ -436,17 +435,17 @@ def test_a_gated_model_with_a_secret(
     """What isn't in the folder of models comes from the hub; the token stays in no layer."""
     secret = tmp_path / "token"
     secret.write_text(TOKEN)
-    tiny = tiny_models.make_bert(tmp_path / "tiny").folder
-    with HubStandIn({"acme/tiny": tiny}, token=TOKEN) as hub:
+    with HubStandIn({"acme/gated": machine.checkout / "models" / MODEL}, token=TOKEN) as hub:
         machine.sh(
-            f"docker build -t gated --build-arg MODELS='{MODEL} acme/tiny' "
-            f"--build-arg HF_ENDPOINT={hub.url} --build-arg VERSION=1.2.3 --secret id=HF_TOKEN,src={secret} ."
+            f"docker build -t gated --build-arg MODELS='{MODEL} acme/gated' "
+            f"--build-arg HF_ENDPOINT={hub.url} --secret id=HF_TOKEN,src={secret} "
+            "--build-arg VERSION=1.2.3 ."
         )
-        assert hub.asked(part="acme/tiny")
+        assert hub.asked(part="acme/gated")
     run = "docker run --rm --network none"
     listed = machine.sh(f"{run} gated models list --json").splitlines()
     found = {row["name"]: row["origin"] for row in map(json.loads, listed)}
-    assert found == {MODEL: "models-dir", "tiny": "models-dir"}
+    assert found == {MODEL: "models-dir", "gated": "models-dir"}
     searched = machine.sh(
         f"{run} --user 0 --entrypoint grep gated -rl {TOKEN} /models /cache /etc /root /run",
         check=False,

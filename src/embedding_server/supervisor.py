@@ -170,12 +170,12 @@ class Supervisor:
         what, _, message = line.partition(" ")
         if what == "ready":
             worker.was_ready = True
-            if all(other.was_ready for other in self._workers):
-                self._notifier.ready()
             assert worker.process is not None
             loop = asyncio.get_running_loop()
             worker.steady = loop.call_later(_STEADY_SECONDS, self._steady, worker)
             logger.info("worker %d is ready (process %d)", worker.number, worker.process.pid)
+            if all(other.was_ready for other in self._workers):
+                self._notifier.ready()
         elif what == "failed":
             reason = json.loads(message)
             running = [other for other in self._workers if other.process and other is not worker]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """The image: built, run and stopped for real, with the README's commands.
 
-buildah builds in docker's place, podman runs. Both work on a machine of their own: a mount and a
-network namespace, so that mounts, bridges and port 5000 are nobody else's, containers reach
-nothing, and all of it ends with the test.
+buildah builds in docker's place, podman runs. Both work on a machine of their own: namespaces for
+mounts, processes and the network, so that mounts, bridges and port 5000 are nobody else's,
+containers reach nothing, and all of it ends with the test.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pty
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,8 +56,10 @@ for place in run var; do
         -o "lowerdir=/$place,upperdir=$1/$place/upper,workdir=$1/$place/work" "/$place"
 done
 if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
-echo ready
-exec sleep infinity
+echo $$ is ready
+# This is init: it reaps what loses its parent, and its end is that of all processes here.
+sleep infinity &
+wait
 """
 
 # Limits that podman would raise otherwise, which not every root may.
@@ -79,7 +82,7 @@ runroot = "{folder}/storage-run"
 """
 
 DOCKER = """#!/bin/sh
-enter="nsenter --target {pid} --mount --wd=$PWD"
+enter="nsenter --target {pid} --mount --pid --wd=$PWD"
 if [ "$1" = build ]; then
     shift
     exec $enter buildah build --layers --isolation chroot --format docker --network host \
@@ -94,7 +97,7 @@ class Machine:
     """Where the containers are, and a checkout with a folder of models."""
 
     folder: Path
-    holder: subprocess.Popen[str]
+    init: int
     env: dict[str, str]
 
     @property
@@ -116,7 +119,7 @@ class Machine:
 
     def inside(self, command: str) -> str:
         """``command`` with this machine's mounts."""
-        return self.sh(f"nsenter --target {self.holder.pid} --mount {command}")
+        return self.sh(f"nsenter --target {self.init} --mount --pid {command}")
 
 
 def volumes_for_pip(folder: Path) -> str:
@@ -165,35 +168,30 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     driver = "overlay" if overlay_works(folder) else "vfs"
     (folder / "containers.conf").write_text(CONTAINERS_CONF.format(folder=folder))
     (folder / "storage.conf").write_text(STORAGE_CONF.format(folder=folder, driver=driver))
-    holder = subprocess.Popen(
-        ["unshare", "--mount", "--net", "sh", "-ec", SET_UP, "set-up", str(folder / "scratch")],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    docker = folder / "bin" / "docker"
-    docker.write_text(
-        DOCKER.format(pid=holder.pid, base=BASE, volumes=volumes_for_pip(folder)),
-    )
-    docker.chmod(0o755)
     settings = {
-        "PATH": f"{docker.parent}:{os.environ['PATH']}",
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "TMPDIR": str(folder / "tmp"),
         "CONTAINERS_CONF": str(folder / "containers.conf"),
         "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
     }
-    machine = Machine(folder, holder, {**environment(), **settings})
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "ready\n"
-        yield machine
-    finally:
-        if holder.poll() is None:
-            machine.sh("docker rm --all --force --time 0", check=False)
-            holder.kill()
-        holder.wait()
-        assert holder.stdout is not None
-        holder.stdout.close()
-        shutil.rmtree(folder)
+    unshare = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    with subprocess.Popen(
+        [*unshare, "sh", "-ec", SET_UP, "set-up", str(folder / "scratch")],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "1 is ready\n"
+            children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children")
+            init = int(children.read_text(encoding="ascii"))
+            docker = folder / "bin" / "docker"
+            docker.write_text(DOCKER.format(pid=init, base=BASE, volumes=volumes_for_pip(folder)))
+            docker.chmod(0o755)
+            yield Machine(folder, init, {**environment(), **settings})
+        finally:
+            holder.kill()  # and with it init, and with that all processes and mounts
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +244,7 @@ def its_network(machine: Machine, images: dict[str, float]) -> Iterator[None]:
     setns = ctypes.CDLL(None, use_errno=True).setns
     with (
         Path("/proc/self/ns/net").open("rb") as own,
-        Path(f"/proc/{machine.holder.pid}/ns/net").open("rb") as its,
+        Path(f"/proc/{machine.init}/ns/net").open("rb") as its,
     ):
         assert setns(its.fileno(), CLONE_NEWNET) == 0
         try:
@@ -263,7 +261,6 @@ class Container:
     name: str
     server: LiveServer
     seconds: float
-    terminal: int
 
     def run(self, command: str) -> str:
         """What ``command`` prints in the container, as its user."""
@@ -291,17 +288,27 @@ def running(machine: Machine, command: str) -> Iterator[Container]:
         start_new_session=True,
     )
     os.close(end)
+    reader = threading.Thread(target=_copy, args=(terminal, log))
+    reader.start()
     try:
         until(_is_ready(process))
         seconds = time.monotonic() - start
         (name,) = machine.sh("docker ps --quiet").split()
-        yield Container(machine, name, LiveServer(URL, process, log), seconds, terminal)
+        yield Container(machine, name, LiveServer(URL, process, log), seconds)
     finally:
         if process.poll() is None:
             machine.sh("docker rm --all --force --time 0", check=False)
             process.kill()
         process.wait()
+        reader.join()
         os.close(terminal)
+
+
+def _copy(terminal: int, log: Path) -> None:
+    """What is written to the terminal, to a file; to its end, so that no writer waits."""
+    with log.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while said := os.read(terminal, 65_536):
+            file.write(said)
 
 
 def _is_ready(process: subprocess.Popen[bytes]) -> Callable[[], bool]:
@@ -368,6 +375,11 @@ def test_mounted_models_a_read_only_root_and_two_processes(
 ) -> None:
     texts, expected = golden
     with running(machine, SERVE_MOUNTED) as container:
+
+        def ready() -> int:
+            return container.server.log.count(" is ready (process ")
+
+        until(lambda: ready() == 2)  # each worker tells for itself
         assert np.abs(embed(texts[:20]) - expected[:20]).max() < 1e-5
         assert "Read-only file system" in container.fails("touch /cache/x")
         assert "Read-only file system" in container.fails("touch /models/x")
@@ -375,21 +387,26 @@ def test_mounted_models_a_read_only_root_and_two_processes(
         assert len(children) == 2
         container.run(f"sh -c 'kill -9 {children[0]}'")
 
-        def replaced() -> bool:
-            now = container.run("cat /proc/1/task/1/children").split()
-            return len(now) == 2 and children[0] not in now
+        until(lambda: ready() == 3)
+        now = container.run("cat /proc/1/task/1/children").split()
+        assert len(now) == 2 and children[0] not in now  # it was reaped
+        machine.sh(f"docker stop --time 40 {container.name}")
+        assert container.server.process.wait(20) == 0
 
-        until(replaced)  # and so reaped
-        until(_is_ready(container.server.process))
-        os.write(container.terminal, b"\x03")  # Ctrl-C
-        assert container.server.process.wait(40) == 0
+
+@contextlib.contextmanager
+def idle(machine: Machine, image: str) -> Iterator[str]:
+    """A container of ``image`` that does nothing, to look into and to run commands in."""
+    run = "docker run --detach --network none --entrypoint sleep"
+    name = machine.sh(f"{run} {image} infinity").strip()
+    yield name
+    machine.sh(f"docker rm --force --time 0 {name}")
 
 
 def test_the_health_check_turns_red(machine: Machine, its_network: None) -> None:
-    name = machine.sh("docker run --detach --entrypoint sleep embedding-server 100").strip()
-    told = machine.sh(f"docker healthcheck run {name}", check=False)
-    assert told.startswith("1\n"), told
-    machine.sh(f"docker rm --force --time 0 {name}")
+    with idle(machine, "embedding-server") as name:
+        told = machine.sh(f"docker healthcheck run {name}", check=False)
+        assert told.startswith("1\n"), told
     # It looks where the server is.
     name = machine.sh(
         "docker run --detach --env EMBEDDING_SERVER_UDS=/dev/shm/socket embedding-server"
@@ -418,10 +435,11 @@ def test_what_the_image_says_and_what_is_not_in_it(
     assert config["ExposedPorts"] == {"5000/tcp": {}}
     assert (config["Entrypoint"], config["Cmd"]) == (["embedding-server"], ["serve"])
     assert image["Healthcheck"]["Test"] == ["CMD", "embedding-server", "health"]
-    files = machine.sh(
-        "docker run --rm --user 0 --entrypoint sh embedding-server "
-        "-c 'find /opt /models /cache /root /etc; command -v gcc cc pip pip3 || true'"
-    ).splitlines()
+    with idle(machine, "embedding-server") as name:
+        files = machine.sh(
+            f"docker exec --user 0 {name} "
+            "sh -c 'find /opt /models /cache /root /etc; command -v gcc cc pip pip3 || true'"
+        ).splitlines()
     assert f"/models/{MODEL}/model.safetensors" in files
     needless = {"pip", "pip3", "gcc", "cc", "tests", "keys"}
     assert not [file for file in files if Path(file).name in needless]
@@ -442,14 +460,14 @@ def test_a_gated_model_with_a_secret(
             "--build-arg VERSION=1.2.3 ."
         )
         assert hub.asked(part="acme/gated")
-    run = "docker run --rm --network none"
-    listed = machine.sh(f"{run} gated models list --json").splitlines()
+    with idle(machine, "gated") as name:
+        listed = machine.sh(f"docker exec {name} embedding-server models list --json").splitlines()
+        searched = machine.sh(
+            f"docker exec --user 0 {name} grep -rl {TOKEN} /models /cache /etc /root /run",
+            check=False,
+        )
     found = {row["name"]: row["origin"] for row in map(json.loads, listed)}
     assert found == {MODEL: "models-dir", "gated": "models-dir"}
-    searched = machine.sh(
-        f"{run} --user 0 --entrypoint grep gated -rl {TOKEN} /models /cache /etc /root /run",
-        check=False,
-    )
     assert searched.startswith("1\n")  # nothing found
     image = inspect(machine, "gated")
     assert TOKEN not in json.dumps(image)

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -83,6 +84,27 @@ def test_workers() -> None:
         assert server.process.wait(20) == 0
         assert "Traceback" not in server.log
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+@pytest.mark.parametrize("kind", ["uvicorn", "hypercorn"])
+def test_nobody_meets_a_worker_that_is_loading(kind: str) -> None:
+    """Neither when the server says that it is ready, nor when one is replaced."""
+    arguments = ("--model", MODEL, "--workers", "2", "--server", kind)
+    with running_server(*arguments) as server, ThreadPoolExecutor(4) as pool:
+
+        def embed(_: int) -> int | None:
+            body = {"model": MODEL, "input": "iPhone"}
+            try:
+                return httpx.post(f"{server.url}/v1/embeddings", json=body).status_code
+            except httpx.TransportError:
+                return None  # it was the killed one that had accepted this
+
+        assert server.log.count("is ready (process") == 2
+        assert set(pool.map(embed, range(50))) == {200}
+        os.kill(workers_of(server)[0], signal.SIGKILL)
+        while server.log.count("is ready (process") < 3:
+            assert set(pool.map(embed, range(20))) <= {200, None}
+        assert set(pool.map(embed, range(50))) == {200}
 
 
 def used(server: LiveServer, worker: int) -> bool:
@@ -204,7 +226,7 @@ def test_workers_of_a_supervisor_that_hears_nothing_any_more() -> None:
         assert httpx.get(f"{server.url}/health/live", timeout=60).status_code == 200
         workers = workers_of(server)
         server.process.send_signal(signal.SIGSTOP)
-        until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 200)
+        until(lambda: server.log.count(f"{MODEL} is ready: ") == 2)
         server.process.kill()
         server.process.wait()
         until(lambda: not any(_running(pid) for pid in workers))

@@ -43,11 +43,13 @@ logger = logging.getLogger(__name__)
 def create_app(
     settings: Settings,
     *,
+    load_first: bool = False,
     on_loaded: Callable[[], None] = lambda: None,
     on_load_error: Callable[[Exception], None] | None = None,
 ) -> FastAPI:
     """The application of ``settings``; its models are loaded while it answers health already.
 
+    With ``load_first`` its start is over, and so connections are accepted, when they are loaded.
     ``on_loaded`` is called when all are loaded; ``on_load_error`` if they can't be served, without
     which the application stays up and not ready. ``app.state.api_keys.reload()`` reads the file of
     keys again. Raises ModelUnavailable for a --model that can't be understood, and
@@ -81,6 +83,8 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(load(), name="loading models")
         try:
+            if load_first:
+                await asyncio.wait([loading])
             yield
         finally:
             loading.cancel()

@@ -32,6 +32,7 @@ _GC_ALLOCATIONS = 5_000
 class Service:
     """The application under an ASGI server.
 
+    ``load_first``: accept connections when the models are loaded, as there are others who do;
     ``on_start`` is called in the event loop before the first request, ``on_loaded`` when all
     models are loaded; ``notifier`` tells the service manager. Raises ConfigurationError for what
     ``settings`` can't mean, and ModelUnavailable for a --model that can't be understood.
@@ -41,6 +42,7 @@ class Service:
         self,
         settings: Settings,
         *,
+        load_first: bool = False,
         on_start: Callable[[], None] = lambda: None,
         on_loaded: Callable[[], None] = lambda: None,
         notifier: Notifier | None = None,
@@ -58,7 +60,12 @@ class Service:
                 settings.tls_client_ca,
                 protocols=make_server.protocols,
             )
-        self.app = create_app(settings, on_loaded=self._loaded, on_load_error=self._not_loaded)
+        self.app = create_app(
+            settings,
+            load_first=load_first,
+            on_loaded=self._loaded,
+            on_load_error=self._not_loaded,
+        )
         self._server = make_server(self.app, ServerOptions.from_settings(settings, self._tls))
 
     def run(self, listener: socket.socket) -> int:

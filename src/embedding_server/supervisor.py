@@ -174,6 +174,7 @@ class Supervisor:
             loop = asyncio.get_running_loop()
             worker.steady = loop.call_later(_STEADY_SECONDS, self._steady, worker)
             logger.info("worker %d is ready (process %d)", worker.number, worker.process.pid)
+            self._tell_siblings()
             if all(other.was_ready for other in self._workers):
                 self._notifier.ready()
         elif what == "failed":
@@ -206,12 +207,15 @@ class Supervisor:
                     worker.process.kill()
 
     def _tell_siblings(self) -> None:
-        """Let every worker's readiness say whether one of them keeps ending."""
-        looping = [worker for worker in self._workers if worker.ends >= _LOOP]
-        told = "; ".join(
-            f"worker {worker.number} of {len(self._workers)} has ended {worker.ends} times in a row"
-            for worker in looping
-        )
+        """Let every worker's readiness say which of them was never ready, or keeps ending."""
+        problems = []
+        for worker in self._workers:
+            name = f"worker {worker.number} of {len(self._workers)}"
+            if worker.ends >= _LOOP:
+                problems.append(f"{name} has ended {worker.ends} times in a row")
+            elif not worker.was_ready:
+                problems.append(f"{name} is starting")
+        told = "; ".join(problems)
         for worker in self._workers:
             worker.command(f"siblings {json.dumps(told)}")
 

@@ -44,9 +44,7 @@ def main(number: int, starts: int, listener_descriptor: int, control_descriptor:
     settings = Settings.model_construct(**pickle.load(sys.stdin.buffer))  # noqa: S301 - our parent's
     set_up_logging(settings.log_format, settings.log_level)
     try:
-        worker = _Worker(settings, control)
-        telemetry: Telemetry = worker.service.app.state.telemetry
-        telemetry.runs_in_worker(supervisor=os.getppid(), again=starts > 0)
+        worker = _Worker(settings, control, again=starts > 0)
         with socket.socket(fileno=listener_descriptor) as listener:
             return worker.service.run(listener)
     except EmbeddingServerError as error:
@@ -55,11 +53,17 @@ def main(number: int, starts: int, listener_descriptor: int, control_descriptor:
 
 
 class _Worker:
-    def __init__(self, settings: Settings, control: socket.socket) -> None:
+    def __init__(self, settings: Settings, control: socket.socket, *, again: bool) -> None:
         self.service = Service(
-            settings, on_start=self._start, on_loaded=lambda: _tell(control, "ready")
+            settings,
+            # Its siblings answer meanwhile; it could only refuse.
+            load_first=again,
+            on_start=self._start,
+            on_loaded=lambda: _tell(control, "ready"),
         )
         self._control = control
+        telemetry: Telemetry = self.service.app.state.telemetry
+        telemetry.runs_in_worker(supervisor=os.getppid(), again=again)
 
     def _start(self) -> None:
         self._tasks = [

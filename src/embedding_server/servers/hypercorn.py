@@ -89,6 +89,7 @@ class _Config(Config):
         self.h2_max_header_list_size = MAX_HEADER_BYTES
         self.keep_alive_timeout = options.idle_timeout
         self.keep_alive_max_requests = _UNLIMITED
+        self.startup_timeout = _UNLIMITED  # models may be large
         self.graceful_timeout = options.drain_timeout
 
     @property

@@ -35,11 +35,13 @@ from readme import ROOT, commands, section
 
 pytestmark = pytest.mark.packaging
 
-TOOLS = ("mmdebstrap", "buildah", "podman", "crun", "unshare", "nsenter", "iptables")
+TOOLS = ("mmdebstrap", "buildah", "podman", "crun", "unshare", "nsenter", "iptables", "ip")
 MODEL = "all-MiniLM-L6-v2"
 URL = "http://127.0.0.1:5000"
 BUILD, SERVE, BUILD_BARE, SERVE_MOUNTED = commands(section("### A container"))
 BASE = "localhost/base"
+# Where Debian in a container, Ubuntu, and Debian as it is installed have their sources.
+SOURCES = ("sources.list.d/debian.sources", "sources.list.d/ubuntu.sources", "sources.list")
 TOKEN = "hf_a-token-that-must-not-stay"
 SECONDS = 60.0
 
@@ -213,6 +215,7 @@ def images(machine: Machine) -> dict[str, float]:
     (machine.checkout / "keys").write_text(TOKEN)
     pulled = run_cli("models", "pull", MODEL, "--to", str(machine.checkout / "models"))
     assert pulled.returncode == 0, pulled.stderr
+    sources = next(filter(Path.is_file, map(Path("/etc/apt").joinpath, SOURCES)))
     # In memory, where what dpkg syncs costs nothing.
     scratch = machine.folder / "scratch"
     machine.inside(
@@ -220,7 +223,7 @@ def images(machine: Machine) -> dict[str, float]:
         f"TMPDIR={scratch} mmdebstrap --quiet --variant=essential "
         "--include=python3,python3-venv,libstdc++6,ca-certificates "
         "--dpkgopt=path-exclude=/usr/share/doc/* --dpkgopt=path-exclude=/usr/share/locale/* "
-        f"$release {scratch}/base.tar /etc/apt/sources.list.d/debian.sources; "
+        f"$release {scratch}/base.tar {sources}; "
         "it=$(buildah from scratch); "
         f"buildah add --quiet $it {scratch}/base.tar /; "
         f"buildah commit --quiet --rm $it {BASE}; rm {scratch}/base.tar'"

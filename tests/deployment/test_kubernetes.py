@@ -436,7 +436,6 @@ def test_the_alerts_find_the_job(render: Render) -> None:
     assert "jobLabel" not in one(things, "ServiceMonitor")["spec"]
 
 
-@pytest.mark.skipif(not (ROOT / "Dockerfile").exists(), reason="there is no Dockerfile here")
 def test_the_image_runs_as_the_pod_has_it(render: Render) -> None:
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
     security = pod_of(render("base"))["spec"]["securityContext"]
@@ -679,6 +678,22 @@ def test_the_readmes_commands(kubectl: Path, tmp_path: Path) -> None:
             if kind == "kubectl kustomize":
                 assert list(yaml.safe_load_all(done.stdout))
     assert {"kubectl kustomize", "kubectl apply", "kubectl create"} <= run
+
+
+def test_the_alerts_as_an_object_of_the_operator() -> None:
+    """The command of docs/deployment.md, up to where it needs a cluster."""
+    from cloudcoil.models.prometheus_operator.v1 import PrometheusRule
+
+    docs = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    (command,) = [command for command in commands(docs) if "PrometheusRule" in command]
+    make, _, apply = command.rpartition("| kubectl ")
+    assert apply == "apply --namespace embeddings -f -"
+    done = subprocess.run(["bash", "-c", make], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = yaml.safe_load(done.stdout)
+    PrometheusRule.model_validate(made)
+    rules = ROOT / "deploy" / "prometheus" / "rules.yml"
+    assert made["spec"] == yaml.safe_load(rules.read_text(encoding="utf-8"))
 
 
 def test_the_readme_names_what_is_there(render: Render) -> None:

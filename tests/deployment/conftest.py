@@ -13,7 +13,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _skipped(config: pytest.Config) -> list[Any]:
-    if not config.getoption("--no-skips"):
+    if not config.getoption("--no-skips", False):
         return []
     terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
     return list(terminal.stats.get("skipped", ()))

@@ -78,10 +78,10 @@ def test_a_unix_socket_that_is_handed_over_stays(name: str, tmp_path: Path) -> N
 def test_a_unix_socket_without_a_file(tmp_path: Path) -> None:
     name = f"embedding-server-{tmp_path}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(f"\0{name}")
+        listener.bind(b"\0" + name.encode() + b"\xff")  # of any bytes
         listener.listen()
         with running_server("--model", MODEL, listener=listener, wait=False) as server:
-            assert f"listening on unix:@{name} " in server.log
+            assert f"listening on unix:@{name}\\xff " in server.log
             assert server.stop() == 0
 
 

@@ -49,7 +49,8 @@ def _address(listener: socket.socket, settings: Settings) -> str:
     name = listener.getsockname()
     if not isinstance(name, tuple):
         # A name in the kernel's own namespace, which is no file, begins with a zero.
-        return f"unix:@{name[1:].decode()}" if isinstance(name, bytes) else f"unix:{name}"
+        mark, name = ("@", name[1:]) if isinstance(name, bytes) else ("", os.fsencode(name))
+        return f"unix:{mark}{name.decode(errors='backslashreplace')}"
     host, port = name[:2]
     host = f"[{host}]" if ":" in host else host
     return f"{'https' if settings.tls_cert else 'http'}://{host}:{port}"

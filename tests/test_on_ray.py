@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import json
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,14 +22,17 @@ import yaml
 from live import environment, run_cli
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from readme import ROOT, blocks, commands, section
 
+from embedding_server.corpus import CorpusOptions
 from embedding_server.errors import ConfigurationError, ModelUnavailable, NotReady, Overloaded
+from embedding_server.ray.corpus import _begun, _Embed, _parts
 from embedding_server.ray.metrics import Metrics, reporting
 from embedding_server.ray.options import options_of
 from embedding_server.ray.scaling import QUEUED_TOKENS, QueuedTokens
 from embedding_server.ray.serving import Answer, Forwarded, ask_replicas
+from embedding_server.settings import load_settings
 from embedding_server.telemetry import Telemetry
 
 MODEL = "all-MiniLM-L6-v2"
@@ -168,6 +172,12 @@ def test_no_room_at_any_replica_is_overload() -> None:
         asked(BackPressureError(8, 8))
 
 
+def test_models_that_no_replica_can_load_are_not_ready() -> None:
+    """In words of ours."""
+    with pytest.raises(NotReady, match="No replica could be started"):
+        asked(DeploymentUnavailableError(None))
+
+
 # ----------------------------------------------------------------------------------------- scaling
 
 
@@ -188,14 +198,14 @@ class _Handle:
     """Calls as a Ray Serve handle does; ``broken`` for as long as none gets through."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+        self.metrics = metrics
         self.broken = False
         self.report = SimpleNamespace(remote=self._report)
 
     async def _report(self, *arguments: Any) -> None:
         if self.broken:
             raise ConnectionError
-        await self._metrics.report(*arguments)
+        await self.metrics.report(*arguments)
 
 
 def value(exposition: bytes, line: str) -> float | None:
@@ -231,11 +241,19 @@ def test_counters_stay_and_gauges_go() -> None:
                 assert value(told, "ready") == 1
                 started = float(told.partition(b"\nprocess_start_time_seconds ")[2].split()[0])
                 assert 0 < started < 4e9
+                handle.metrics = metrics = Metrics()  # as after its process has died
+                for _ in range(200):
+                    told = await metrics.exposition()
+                    if value(told, 'queue_tokens{model="m"}') == 7:
+                        break
+                    await asyncio.sleep(0.05)
+                # Counters begin at zero, so that Prometheus takes it for a restart.
+                assert value(told, 'tokens_total{model="m"}') == 0
                 handle.broken = True
                 first.for_model("m").tokens.inc(10)
             handle.broken = False  # what could not be told is told with the next
         told = await metrics.exposition()
-        assert value(told, 'tokens_total{model="m"}') == 17
+        assert value(told, 'tokens_total{model="m"}') == 10
         assert value(told, 'queue_tokens{model="m"}') in (None, 4)  # the second died unheard
         plain, _ = first.exposition()
         kinds = {row for row in plain.decode().splitlines() if row.startswith("#")}
@@ -250,6 +268,44 @@ def test_counters_stay_and_gauges_go() -> None:
 def write(file: Path, **columns: Any) -> Path:
     pq.write_table(pa.table(columns), file)
     return file
+
+
+def embedded(file: Path, output: Path) -> dict[str, Any]:
+    """What an actor says that has done the only part of ``file``."""
+    settings = load_settings({"model": MODEL, "threads": "1"})
+    (part,) = _parts([file], "text")
+    output.mkdir()
+    actor = _Embed(settings, CorpusOptions([str(file)], field="text"), output)
+    told = actor({name: np.array([value]) for name, value in asdict(part).items()})
+    return {name: values[0] for name, values in told.items()}
+
+
+def test_all_that_is_text_is_embedded(tmp_path: Path) -> None:
+    """And what stands beside it stays as it was."""
+    texts = pa.array(["one", "", "one"])
+    for kind in (
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary("int32", "string"),
+    ):
+        beside = {"n": [{"a": [1]}, None, {"a": []}], "c": texts.dictionary_encode()}
+        file = write(tmp_path / "in.parquet", text=texts.cast(kind), **beside)
+        output = tmp_path / f"{kind}"
+        assert embedded(file, output)["error"] == ""
+        assert pq.read_table(output).drop_columns("embedding") == pq.read_table(file)
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    no_text = pa.array([b"one", b"t\xffo"]).buffers()
+    file = write(tmp_path / "in.parquet", text=pa.Array.from_buffers(pa.string(), 2, no_text))
+    told = embedded(file, tmp_path / "bytes")["error"]
+    assert told == f"{file}, row 1: not UTF-8 at byte 1; the first row is 0"
+    write(file, text=[f"text {number}" for number in range(1000)])
+    content = file.read_bytes()
+    file.write_bytes(content[:100] + bytes(300) + content[400:])
+    assert embedded(file, tmp_path / "torn")["error"].startswith(f"{file}, from row 0 on: ")
+    assert not list((tmp_path / "torn").iterdir())
 
 
 def refused(*arguments: object) -> str:
@@ -277,6 +333,9 @@ def test_inputs_that_cannot_be_embedded_are_refused_by_name(tmp_path: Path) -> N
     torn.write_bytes(good.read_bytes()[:-9])
     assert f"{torn} is no Parquet file" in refused(torn, "--field", "text", "-o", output)
     done = write(tmp_path / "done.parquet", text=["one"], embedding=["x"])
+    twice = tmp_path / "twice.parquet"
+    pq.write_table(pa.Table.from_arrays([["one"], ["two"]], names=["text", "text"]), twice)
+    assert "has several columns 'text'" in refused(twice, "--field", "text", "-o", output)
     assert "has a column 'embedding' already" in refused(done, "--field", "text", "-o", output)
     assert not output.exists()
 
@@ -288,7 +347,8 @@ def test_an_output_of_others_is_refused(tmp_path: Path) -> None:
     (output / "mine.parquet").touch()
     assert "holds other files" in refused(good, "--field", "text", "-o", output)
     (output / "mine.parquet").unlink()
-    (output / "_manifest.json").write_text(json.dumps({"model": "another"}))
+    (output / "._manifest.json.7.part").touch()  # of a run that was killed as it began
+    assert _begun(str(output), {"model": "another"}) == output
     assert "was begun with another" in refused(good, "--field", "text", "-o", output)
     assert "-o must name a folder" in refused(good, "--field", "text", "-o", good)
     plain = run_cli("embed", "--ray-actors", "2", "--model", MODEL, str(good))

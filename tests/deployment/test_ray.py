@@ -326,9 +326,17 @@ def test_replicas_follow_the_queue(cluster: Cluster, log: Path) -> None:
                 answers.add((response.status_code, "retry-after" in response.headers))
         return answers
 
-    with cluster.running([*command, "embedding_server.ray:app", *arguments]):
+    with cluster.running([*command, "embedding_server.ray:app", *arguments]) as log_file:
         wait_until(lambda: status(f"{cluster.url}/scaled/health/ready") == 200, "readiness")
         assert httpx.post(url, json=body).status_code == 401
+        # Who has no key costs no replica anything, nor waits for one.
+        told = "ServeReplica:scaled:ingress"
+        wait_until(
+            lambda: any(
+                told in line and "status=401" in line for line in log_file.read_text().splitlines()
+            ),
+            "a refusal by the ingress",
+        )
         assert len(cluster.replicas("scaled:models")) == 1
         with ThreadPoolExecutor(4) as pool:
             clients = [pool.submit(ask) for _ in range(4)]

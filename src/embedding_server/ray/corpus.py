@@ -124,11 +124,15 @@ class _Embed:
 
     def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Sequence[Any]]:
         """Do the one part of ``batch``; what is wrong with it comes back, and isn't tried again."""
+        arrow, _ = import_pyarrow()
         part = _Part(**{name: values.tolist()[0] for name, values in batch.items()})
+        result = {"truncated": 0, "first_cut": "", "error": ""}
         try:
-            result = {**self._do(part), "error": ""}
-        except (EmbeddingServerError, OSError) as error:
-            result = {"truncated": 0, "first_cut": "", "error": str(error)}
+            result |= self._do(part)
+        except EmbeddingServerError as error:
+            result["error"] = str(error)
+        except (OSError, arrow.ArrowException) as error:  # which names no file of its own
+            result["error"] = f"{part.file}, from row {part.row} on: {error}"
         return {key: [value] for key, value in (result | {"rows": part.rows}).items()}
 
     def _do(self, part: _Part) -> dict[str, Any]:
@@ -138,7 +142,7 @@ class _Embed:
         table = _rows(part)
         vectors = []
         cut: list[Line] = []
-        lines = _lines(part, table.column(field).to_pylist())
+        lines = _lines(part, table.column(field))
         for chunk, embeddings in embedded(self._embedder, lines, self._options.params):
             vectors.append(embeddings.vectors)
             pairs = zip(chunk, embeddings.encodings, strict=True)
@@ -276,6 +280,8 @@ def _check_schema(file: Path, schema: Any, field: str | None) -> None:
     if field is None or field not in schema.names:
         missing = "--field is missing" if field is None else f"{file} has no column {field!r}"
         raise ConfigurationError(f"{missing}: name one of {columns} with --field.")
+    if schema.names.count(field) > 1:
+        raise ConfigurationError(f"{file} has several columns {field!r}: rename all but one.")
     kind = schema.field(field).type
     if arrow.types.is_dictionary(kind):
         kind = kind.value_type
@@ -304,12 +310,16 @@ def _rows(part: _Part) -> Any:
         return arrow.Table.from_batches(found, schema=opened.schema_arrow)
 
 
-def _lines(part: _Part, texts: Sequence[str | None]) -> Iterator[Line]:
-    for number, text in enumerate(texts, part.row):
-        line = Line(part.file, number, text or "", unit="row")
+def _lines(part: _Part, column: Any) -> Iterator[Line]:
+    for number, value in enumerate(column, part.row):
+        line = Line(part.file, number, "", unit="row")
+        try:
+            text = value.as_py()
+        except UnicodeDecodeError as error:
+            raise line.error(f"not UTF-8 at byte {error.start}; the first row is 0") from None
         if text is None:
             raise line.error("null, and not a text; the first row is 0")
-        yield line
+        yield dataclasses.replace(line, text=text)
 
 
 def _manifest(
@@ -343,6 +353,8 @@ def _begun(output: str, manifest: Mapping[str, Any]) -> Path:
     if output == "-" or folder.is_file() or not folder.parent.is_dir():
         raise ConfigurationError("--ray: -o must name a folder, in one that exists.")
     folder.mkdir(exist_ok=True)
+    for torn in (*folder.glob(".part-*.part"), *folder.glob(f".{_MANIFEST}.*.part")):
+        torn.unlink(missing_ok=True)  # of a run that was killed
     if file.exists():
         before = json.loads(file.read_bytes())
         if before != manifest:
@@ -356,8 +368,6 @@ def _begun(output: str, manifest: Mapping[str, Any]) -> Path:
     else:
         with whole_file(file) as stream:
             stream.write(json.dumps(manifest, indent=1).encode())
-    for torn in folder.glob(".part-*.part"):  # of a run that was killed
-        torn.unlink(missing_ok=True)
     return folder
 
 

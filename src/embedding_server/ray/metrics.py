@@ -76,12 +76,9 @@ async def reporting(telemetry: Telemetry, source: str, metrics: Any) -> AsyncIte
 
     async def report(*, last: bool = False) -> None:
         counted, in_hand = _samples(telemetry)
+        # Zeros, too: who adds up may have been started again, and would not know of the samples.
         new = {key: value - told.get(key, 0.0) for key, value in counted.items()}
-        await metrics.report.remote(
-            source,
-            {key: value for key, value in new.items() if value or key not in told},
-            None if last else in_hand,
-        )
+        await metrics.report.remote(source, new, None if last else in_hand)
         told.update(counted)
 
     ending = asyncio.Event()

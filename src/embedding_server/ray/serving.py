@@ -33,7 +33,7 @@ from embedding_server.api.middleware import RequestMiddleware
 from embedding_server.api.record import record_of
 from embedding_server.api.routes import prefix_of, route_of
 from embedding_server.app import create_app
-from embedding_server.errors import EmbeddingServerError, NotReady, Overloaded
+from embedding_server.errors import EmbeddingServerError, NotReady, Overloaded, Unauthenticated
 from embedding_server.logs import set_up_logging
 from embedding_server.models.choice import specs_of
 from embedding_server.models.registry import Registry
@@ -170,7 +170,8 @@ class Ingress:
         """The answer of a replica, or our own if there is none to be had."""
         path = request.scope["path"].removeprefix(self._prefix)
         try:
-            if (request.method, path) in _WITH_A_BODY and self._is_let_in(request):
+            if (request.method, path) in _WITH_A_BODY:
+                self._check_key(request)
                 return _response(await self._within_deadline(request))
             soon = path.startswith("/health") or path == "/metrics"
             async with asyncio.timeout(_HEALTH_SECONDS if soon else None):
@@ -204,10 +205,11 @@ class Ingress:
         finally:
             body.close()
 
-    def _is_let_in(self, request: Request) -> bool:
-        """Whether to take the body: who has no key gets the replica's refusal without one."""
+    def _check_key(self, request: Request) -> None:
+        """Raise Unauthenticated for a request whose body nobody should wait for."""
         headers = [value for name, value in request.scope["headers"] if name == b"authorization"]
-        return not self._keys or self._keys.problem(headers) is None
+        if self._keys and (problem := self._keys.problem(headers)) is not None:
+            raise Unauthenticated(problem)
 
     def _told(self, error: Exception, path: str) -> Response:
         return _Told(error, route_of(path), self._telemetry, self._origins)
@@ -233,8 +235,10 @@ async def ask_replicas(models: Any, request: Forwarded, until: float | None = No
             raise Overloaded(
                 "No replica has room for this request. Try again later.", retry_after=1.0
             ) from None
-        except serve_exceptions.DeploymentUnavailableError as error:
-            raise NotReady(f"The models can't be served: {error.message}") from None
+        except serve_exceptions.DeploymentUnavailableError:
+            raise NotReady(
+                "No replica could be started with these models; their logs say why."
+            ) from None
         if pause is not None:
             await asyncio.sleep(pause)
         if until is not None:

@@ -338,6 +338,9 @@ def test_inputs_that_cannot_be_embedded_are_refused_by_name(tmp_path: Path) -> N
     assert "has several columns 'text'" in refused(twice, "--field", "text", "-o", output)
     assert "has a column 'embedding' already" in refused(done, "--field", "text", "-o", output)
     assert not output.exists()
+    nowhere = refused(good, "--field", "text", "-o", output, "--ray-address", "nowhere")
+    assert "RAY_ADDRESS, nowhere: no cluster can be had there: " in nowhere
+    assert "Traceback" not in nowhere
 
 
 def test_an_output_of_others_is_refused(tmp_path: Path) -> None:

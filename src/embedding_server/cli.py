@@ -220,7 +220,8 @@ def _add_ray(embed: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--ray-address", default=argparse.SUPPRESS, metavar="ADDRESS",
-        help="the cluster's, as host:6379; without it and RAY_ADDRESS, one of this machine's cores",
+        help="the cluster's, as host:6379; without it and RAY_ADDRESS, the one that was started on "
+        "this machine, or else one for this run",
     )  # fmt: skip
     group.add_argument(
         "--ray-actors", type=_positive(int, 100_000), default=argparse.SUPPRESS, metavar="N",

@@ -168,9 +168,16 @@ def _results(
 
     ours = not ray.is_initialized()
     if ours:
-        address = cluster.address or os.environ.get("RAY_ADDRESS")
+        address = cluster.address or os.environ.get("RAY_ADDRESS") or None
         alone = {} if address else {"include_dashboard": False}
-        ray.init(address=address, logging_level="warning", log_to_driver=False, **alone)
+        try:
+            ray.init(address=address, logging_level="warning", log_to_driver=False, **alone)
+        except (ValueError, RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
+            raise ConfigurationError(
+                f"--ray-address or RAY_ADDRESS, {address}: no cluster can be had there: {error}"
+                if address
+                else f"No cluster can be had on this machine: {error}"
+            ) from None
     try:
         threads, actors = _shares(ray.nodes(), settings.threads, cluster)
         actors = min(actors, len(parts))

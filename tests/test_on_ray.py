@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import resource
 import shlex
 import subprocess
 import sys
@@ -241,6 +242,8 @@ def test_counters_stay_and_gauges_go() -> None:
                 assert value(told, "ready") == 1
                 started = float(told.partition(b"\nprocess_start_time_seconds ")[2].split()[0])
                 assert 0 < started < 4e9
+                limit = float(told.partition(b"\nprocess_max_fds ")[2].split()[0])
+                assert limit == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
                 handle.metrics = metrics = Metrics()  # as after its process has died
                 for _ in range(200):
                     told = await metrics.exposition()

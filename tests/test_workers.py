@@ -78,6 +78,11 @@ def test_workers() -> None:
         )
         told = value_of("process_resident_memory_bytes", server)
         assert told == pytest.approx(resident, rel=0.2)
+        # A limit is each process' own: that of the fullest tells whether there are too few.
+        most = max(len(os.listdir(f"/proc/{pid}/fd")) for pid in (server.process.pid, *workers))
+        assert abs(value_of("process_open_fds", server) - most) <= 2
+        (soft, _) = resource.prlimit(workers[0], resource.RLIMIT_NOFILE)
+        assert value_of("process_max_fds", server) == soft
         with under_way(server) as answer:
             server.process.send_signal(signal.SIGTERM)
             assert answer.result().status_code == 200

@@ -8,7 +8,7 @@ The names are those of every Prometheus client library
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from prometheus_client import ProcessCollector
@@ -21,8 +21,8 @@ __all__ = ["PROCESS_METRICS", "Processes"]
 PROCESS_METRICS = {
     "process_cpu_seconds_total": "Seconds of processor time, of all workers together.",
     "process_resident_memory_bytes": "Memory in use; what workers share is counted for each.",
-    "process_open_fds": "Open file descriptors, of all workers together.",
-    "process_max_fds": "How many there may be, of all workers together.",
+    "process_open_fds": "Open file descriptors, of the worker that is nearest to its limit.",
+    "process_max_fds": "How many there may be in one process.",
     "process_start_time_seconds": "When the server was started, since 1970.",
 }
 
@@ -42,10 +42,7 @@ class Processes(Collector):
                 values["process_cpu_seconds_total"] += _seconds_of_ended_children(first)
                 children = Path(f"/proc/{first}/task/{first}/children").read_text(encoding="ascii")
                 for worker in children.split():
-                    # One that has just ended has no values.
-                    for name, value in _values_of(int(worker)).items():
-                        if name != "process_start_time_seconds":
-                            values[name] += value
+                    _add(values, _values_of(int(worker)))
         except (OSError, KeyError):
             return
         for name, text in PROCESS_METRICS.items():
@@ -57,6 +54,20 @@ def _values_of(process: int) -> dict[str, float]:
     """Its samples by their names; none if there is no such process, or no /proc."""
     families = ProcessCollector(pid=lambda: process, registry=None).collect()
     return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+def _add(values: dict[str, float], others: Mapping[str, float]) -> None:
+    """Add those of a further process; one that has just ended has none."""
+    for name in ("process_cpu_seconds_total", "process_resident_memory_bytes"):
+        values[name] += others.get(name, 0.0)
+    # The limit is each process' own: sums would hide one that has reached it.
+    if _fullness(others) > _fullness(values):
+        for name in ("process_open_fds", "process_max_fds"):
+            values[name] = others[name]
+
+
+def _fullness(values: Mapping[str, float]) -> float:
+    return values.get("process_open_fds", 0.0) / values.get("process_max_fds", 1.0)
 
 
 def _seconds_of_ended_children(process: int) -> float:

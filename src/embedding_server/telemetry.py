@@ -117,7 +117,12 @@ _COUNTED: tuple[Metric, ...] = (
 )  # fmt: skip
 
 _OF_PROCESSES = tuple(
-    Metric(name.removesuffix("_total"), "counter" if name.endswith("_total") else "gauge", text)
+    Metric(
+        name.removesuffix("_total"),
+        "counter" if name.endswith("_total") else "gauge",
+        text,
+        over_processes="max" if name.endswith("_fds") else "livesum",
+    )
     for name, text in PROCESS_METRICS.items()
 )
 

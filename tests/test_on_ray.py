@@ -28,7 +28,7 @@ from readme import ROOT, blocks, commands, section
 
 from embedding_server.corpus import CorpusOptions
 from embedding_server.errors import ConfigurationError, ModelUnavailable, NotReady, Overloaded
-from embedding_server.ray.corpus import _begun, _Embed, _parts
+from embedding_server.ray.corpus import ClusterOptions, _begun, _Embed, _parts, _shares
 from embedding_server.ray.metrics import Metrics, reporting
 from embedding_server.ray.options import options_of
 from embedding_server.ray.scaling import QUEUED_TOKENS, QueuedTokens
@@ -309,6 +309,34 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     file.write_bytes(content[:100] + bytes(300) + content[400:])
     assert embedded(file, tmp_path / "torn")["error"].startswith(f"{file}, from row 0 on: ")
     assert not list((tmp_path / "torn").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("nodes", "threads", "gpus", "shares"),
+    [
+        ([{"CPU": 8.0}, {"CPU": 8.0}], None, 0.0, (8, 2)),
+        ([{"CPU": 8.0}, {"CPU": 4.0}, {}], None, 0.0, (4, 3)),
+        ([{"CPU": 8.0}, {"CPU": 8.0}], 3, 0.0, (3, 4)),
+        ([{"CPU": 16.0, "GPU": 4.0}, {"CPU": 64.0}], None, 1.0, (4, 4)),
+        ([{"CPU": 16.0, "GPU": 1.0}], None, 0.25, (4, 4)),
+        ([{"CPU": 16.0, "GPU": 4.0}], 8, 1.0, (8, 2)),
+    ],
+    ids=["nodes", "unequal nodes", "threads", "gpus", "part of a gpu", "both"],
+)
+def test_a_cluster_is_shared_out(
+    nodes: list[dict[str, float]], threads: int | None, gpus: float, shares: tuple[int, int]
+) -> None:
+    told = [{"Alive": True, "Resources": resources} for resources in nodes]
+    told.append({"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}})
+    assert _shares(told, threads, ClusterOptions(gpus=gpus)) == shares
+
+
+def test_a_cluster_without_room_is_refused() -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0}}]
+    with pytest.raises(ConfigurationError, match="room for an actor of 16 cores; see --threads"):
+        _shares(nodes, 16, ClusterOptions())
+    with pytest.raises(ConfigurationError, match="cores and 1 GPUs"):
+        _shares(nodes, None, ClusterOptions(gpus=1.0))
 
 
 def refused(*arguments: object) -> str:

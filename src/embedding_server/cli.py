@@ -226,7 +226,7 @@ def _add_ray(embed: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ray-actors", type=_positive(int, 100_000), default=argparse.SUPPRESS, metavar="N",
         help="processes with the model, of --threads cores each (default: as many as there is room "
-        "for, each with a whole node)",
+        "for, each with a whole node, or with its part of one by --ray-gpus)",
     )  # fmt: skip
     group.add_argument(
         "--ray-gpus", type=_positive(float, 1000), default=argparse.SUPPRESS, metavar="N",

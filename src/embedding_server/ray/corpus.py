@@ -215,13 +215,21 @@ def _results(
 def _shares(
     nodes: Sequence[Mapping[str, Any]], threads: int | None, cluster: ClusterOptions
 ) -> tuple[int, int]:
-    """Threads of an actor and how many actors: without wishes, one on each of equal nodes."""
-    resources = [node["Resources"] for node in nodes if node["Alive"]]
-    cores = [int(resource.get("CPU", 0)) for resource in resources]
-    threads = threads or min((count for count in cores if count), default=1)
-    room = sum(count // threads for count in cores)
-    if cluster.gpus:
-        room = min(room, int(sum(r.get("GPU", 0) for r in resources) / cluster.gpus))
+    """Threads of an actor and how many actors.
+
+    Without wishes one has an equal node, or of a node with GPUs the part that its GPUs are.
+    """
+    # Of each node its cores, and how many actors it should have.
+    rooms = [
+        (int(found.get("CPU", 0)), int(found.get("GPU", 0) / cluster.gpus) if cluster.gpus else 1)
+        for found in (node["Resources"] for node in nodes if node["Alive"])
+    ]
+    equal = (max(1, cores // actors) for cores, actors in rooms if cores and actors)
+    threads = threads or min(equal, default=1)
+    room = sum(
+        min(cores // threads, actors) if cluster.gpus else cores // threads
+        for cores, actors in rooms
+    )
     if not room:
         raise ConfigurationError(
             f"No node of the cluster has room for an actor of {threads} cores"

@@ -28,7 +28,7 @@ from readme import ROOT, blocks, commands, section
 
 from embedding_server.corpus import CorpusOptions
 from embedding_server.errors import ConfigurationError, ModelUnavailable, NotReady, Overloaded
-from embedding_server.ray.corpus import ClusterOptions, _begun, _Embed, _parts, _shares
+from embedding_server.ray.corpus import ClusterOptions, PartEmbedder, begun, parts_of, shares_of
 from embedding_server.ray.metrics import Metrics, reporting
 from embedding_server.ray.options import options_of
 from embedding_server.ray.scaling import QUEUED_TOKENS, QueuedTokens
@@ -276,9 +276,9 @@ def write(file: Path, **columns: Any) -> Path:
 def embedded(file: Path, output: Path) -> dict[str, Any]:
     """What an actor says that has done the only part of ``file``."""
     settings = load_settings({"model": MODEL, "threads": "1"})
-    (part,) = _parts([file], "text")
+    (part,) = parts_of([file], "text")
     output.mkdir()
-    actor = _Embed(settings, CorpusOptions([str(file)], field="text"), output)
+    actor = PartEmbedder(settings, CorpusOptions([str(file)], field="text"), output)
     told = actor({name: np.array([value]) for name, value in asdict(part).items()})
     return {name: values[0] for name, values in told.items()}
 
@@ -328,15 +328,15 @@ def test_a_cluster_is_shared_out(
 ) -> None:
     told = [{"Alive": True, "Resources": resources} for resources in nodes]
     told.append({"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}})
-    assert _shares(told, threads, ClusterOptions(gpus=gpus)) == shares
+    assert shares_of(told, threads, ClusterOptions(gpus=gpus)) == shares
 
 
 def test_a_cluster_without_room_is_refused() -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0}}]
     with pytest.raises(ConfigurationError, match="room for an actor of 16 cores; see --threads"):
-        _shares(nodes, 16, ClusterOptions())
+        shares_of(nodes, 16, ClusterOptions())
     with pytest.raises(ConfigurationError, match="cores and 1 GPUs"):
-        _shares(nodes, None, ClusterOptions(gpus=1.0))
+        shares_of(nodes, None, ClusterOptions(gpus=1.0))
 
 
 def refused(*arguments: object) -> str:
@@ -382,7 +382,7 @@ def test_an_output_of_others_is_refused(tmp_path: Path) -> None:
     assert "holds other files" in refused(good, "--field", "text", "-o", output)
     (output / "mine.parquet").unlink()
     (output / "._manifest.json.7.part").touch()  # of a run that was killed as it began
-    assert _begun(str(output), {"model": "another"}) == output
+    assert begun(str(output), {"model": "another"}) == output
     assert "was begun with another" in refused(good, "--field", "text", "-o", output)
     assert "-o must name a folder" in refused(good, "--field", "text", "-o", good)
     plain = run_cli("embed", "--ray-actors", "2", "--model", MODEL, str(good))

@@ -31,7 +31,14 @@ from embedding_server.ray.options import with_whole_paths
 from embedding_server.settings import Settings
 from embedding_server.writers import import_pyarrow, vector_column, whole_file
 
-__all__ = ["ClusterOptions", "embed_on_ray"]
+__all__ = [
+    "ClusterOptions",
+    "PartEmbedder",
+    "begun",
+    "embed_on_ray",
+    "parts_of",
+    "shares_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +85,12 @@ def embed_on_ray(settings: Settings, options: CorpusOptions, cluster: ClusterOpt
     settings = with_whole_paths(settings)
     model = the_one_model(settings)
     files = _files(options.files)
-    parts = _parts(files, options.field)
+    parts = parts_of(files, options.field)
     # Here, too, so that what the options can't mean is told before a cluster is busy.
     with Embedder.from_settings(model, settings) as embedder:
         info = embedder.info
         embedder.embed_detailed(["text"], options.params)
-    folder = _begun(options.output, _manifest(settings, options, info, files))
+    folder = begun(options.output, _manifest(settings, options, info, files))
     found = {part.name: _told(folder / part.name, part.rows) for part in parts}
     left = [part for part in parts if found[part.name] is None]
     total = sum(part.rows for part in parts)
@@ -114,7 +121,7 @@ def embed_on_ray(settings: Settings, options: CorpusOptions, cluster: ClusterOpt
     return 0
 
 
-class _Embed:
+class PartEmbedder:
     """An actor: one model on its share of a node."""
 
     def __init__(self, settings: Settings, options: CorpusOptions, folder: Path) -> None:
@@ -179,7 +186,7 @@ def _results(
                 else f"No cluster can be had on this machine: {error}"
             ) from None
     try:
-        threads, actors = _shares(ray.nodes(), settings.threads, cluster)
+        threads, actors = shares_of(ray.nodes(), settings.threads, cluster)
         actors = min(actors, len(parts))
         free = ray.available_resources().get("CPU", 0.0)
         logger.info(
@@ -193,7 +200,7 @@ def _results(
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says, we say
         rows = [dataclasses.asdict(part) for part in parts]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _Embed,
+            PartEmbedder,
             fn_constructor_args=(settings.model_copy(update={"threads": threads}), options, folder),
             batch_size=1,
             # As many at once as there is room for, and the others when there is.
@@ -212,7 +219,7 @@ def _results(
             ray.shutdown()
 
 
-def _shares(
+def shares_of(
     nodes: Sequence[Mapping[str, Any]], threads: int | None, cluster: ClusterOptions
 ) -> tuple[int, int]:
     """Threads of an actor and how many actors.
@@ -252,7 +259,7 @@ def _files(given: Sequence[str]) -> list[Path]:
     return files
 
 
-def _parts(files: Sequence[Path], field: str | None) -> list[_Part]:
+def parts_of(files: Sequence[Path], field: str | None) -> list[_Part]:
     """Raises ConfigurationError unless all files are of one schema in which ``field`` is text."""
     arrow, parquet = import_pyarrow()
     parts = []
@@ -358,7 +365,7 @@ def _manifest(
     }
 
 
-def _begun(output: str, manifest: Mapping[str, Any]) -> Path:
+def begun(output: str, manifest: Mapping[str, Any]) -> Path:
     """The folder of the output, in which ``manifest`` is or was written.
 
     Raises ConfigurationError if the folder is of another.

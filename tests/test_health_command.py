@@ -43,7 +43,8 @@ def test_ready_draining_and_gone() -> None:
             assert answer.result().status_code == 200
         assert server.process.wait(20) == 0
         code, told = health(*at)
-    assert (code, told[:10]) == (1, "no answer:")
+    assert code == 1
+    assert told.startswith(f"no answer at 0.0.0.0 port {_port(server)}: ")
 
 
 def test_over_a_unix_socket(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def check_health(settings: Settings) -> int:
     try:
         status, told = _ask(settings)
     except (OSError, HTTPException) as error:
-        status, told = 0, f"no answer: {error}"
+        place = settings.uds or f"{settings.host} port {settings.port}"
+        status, told = 0, f"no answer at {place}: {error}"
     sys.stdout.write(f"{told}\n")
     return 0 if status == 200 else 1
 

@@ -154,6 +154,14 @@ def under_way(server: LiveServer, seconds: float = 60) -> Iterator[Future[httpx.
         yield answer
 
 
+def told_again(server: LiveServer, number: int) -> bool:
+    """Whether it has ended; if not, it is sent another signal to do so."""
+    if server.process.poll() is not None:
+        return True
+    server.process.send_signal(number)
+    return False
+
+
 def resident_mib(server: LiveServer) -> float:
     """Memory that the server's process has now."""
     status = Path(f"/proc/{server.process.pid}/status").read_text(encoding="ascii")

@@ -271,16 +271,24 @@ def test_exactly_one_model(models: list[str]) -> None:
         ),
     ],
 )
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
 def test_a_bad_line_is_named_and_nothing_is_left_behind(
-    model: str, tmp_path: Path, arguments: list[str], raw: bytes, message: str
+    model: str, tmp_path: Path, arguments: list[str], raw: bytes, message: str, kind: str
 ) -> None:
-    source, output = tmp_path / "texts", tmp_path / "vectors.npy"
+    source, output = tmp_path / "texts", tmp_path / f"vectors.{kind}"
     source.write_bytes(raw)
     output.write_bytes(b"what was there before")
     done = embed(model, source, *arguments, "-o", output, code=1)
     assert f"{source}, {message}" in done.stderr.decode()
+    assert b"Traceback" not in done.stderr
     assert output.read_bytes() == b"what was there before"
     assert sorted(tmp_path.iterdir()) == [source, output]
+
+
+def test_parquet_is_no_text(model: str, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.parquet"
+    corpus.write_bytes(b"PAR1")
+    assert b"Parquet is read with --ray only" in embed(model, corpus, code=1).stderr
 
 
 def test_a_bad_line_of_standard_input(model: str) -> None:
@@ -407,7 +415,12 @@ def test_rows_come_while_standard_input_is_open(model: str) -> None:
     assert process.wait(60) == 0
 
 
-def test_ctrl_c_leaves_nothing_behind(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
+)
+def test_a_signal_leaves_nothing_behind(
+    model: str, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     output = tmp_path / "vectors.npy"
     process = start(
         model,
@@ -423,9 +436,9 @@ def test_ctrl_c_leaves_nothing_behind(model: str, tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, log = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert b"Traceback" not in log
     assert list(tmp_path.iterdir()) == []
 

@@ -383,7 +383,7 @@ def test_an_output_of_others_is_refused(tmp_path: Path) -> None:
     (output / "mine.parquet").unlink()
     (output / "._manifest.json.7.part").touch()  # of a run that was killed as it began
     assert begun(str(output), {"model": "another"}) == output
-    assert "was begun with another" in refused(good, "--field", "text", "-o", output)
+    assert "was begun with other values of" in refused(good, "--field", "text", "-o", output)
     assert "-o must name a folder" in refused(good, "--field", "text", "-o", good)
     plain = run_cli("embed", "--ray-actors", "2", "--model", MODEL, str(good))
     assert b"--ray-actors needs --ray" in plain.stderr

@@ -80,6 +80,9 @@ def serving(checkout: Path, command: str, port: int) -> Iterator[subprocess.Pope
 def port(checkout: Path) -> Iterator[int]:
     """The port of the server that the README's first command installs and starts."""
     assert COMMANDS[0] == SERVE
+    # What an interrupted first call leaves: an environment without pip.
+    left = [sys.executable, "-m", "venv", "--without-pip", str(checkout / ".venv")]
+    subprocess.run(left, check=True)
     number = free_port()
     with serving(checkout, SERVE, number):
         yield number

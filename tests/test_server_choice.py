@@ -87,6 +87,13 @@ def test_a_server_that_is_not_installed(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- start and failure
 
 
+def test_an_address_of_another_machine() -> None:
+    done = run_cli("serve", "--model", MODEL, "--host", "192.0.2.1", "--port", "5000")
+    assert done.returncode == 1
+    assert b"See --host." in done.stderr
+    assert b"--port" not in done.stderr
+
+
 @pytest.mark.parametrize("name", SERVERS)
 def test_a_taken_port_fails_at_once(name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -12,7 +12,7 @@ import pytest
 from error_shape import error_of
 from fake_backends import Blocked
 from in_process import serving, until
-from live import running_server, under_way
+from live import running_server, told_again, under_way
 from raw_http import ask, connect
 
 from embedding_server.servers.base import SERVERS
@@ -94,11 +94,23 @@ def test_a_second_signal_ends_it_now(
         with under_way(server) as answer:
             server.process.send_signal(first)
             until(lambda: "draining" in server.log)
-            server.process.send_signal(second)
+            until(lambda: told_again(server, second))
             assert server.process.wait(20) == 128 + second
             with pytest.raises(httpx.TransportError):
                 answer.result()
         assert "told twice to end" in server.log
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_two_signals_at_once_are_one(workers: str) -> None:
+    """As `timeout` sends them, to the process and to its group."""
+    with running_server("--model", MODEL, "--workers", workers) as server:
+        with under_way(server) as answer:
+            server.process.send_signal(signal.SIGINT)
+            server.process.send_signal(signal.SIGTERM)
+            assert answer.result().status_code == 200
+        assert server.process.wait(20) == 0
+        assert "told twice" not in server.log
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from in_process import until
-from live import LiveServer, run_cli, running_server, under_way
+from live import LiveServer, run_cli, running_server, told_again, under_way
 
 MODEL = "all-MiniLM-L6-v2"
 
@@ -180,7 +180,7 @@ def test_a_second_signal_ends_workers_now() -> None:
         with under_way(server) as answer:
             server.process.send_signal(signal.SIGTERM)
             until(lambda: "draining" in server.log)
-            server.process.send_signal(signal.SIGTERM)
+            until(lambda: told_again(server, signal.SIGTERM))
             assert server.process.wait(20) == 128 + signal.SIGTERM
             until(lambda: not any(_running(pid) for pid in workers))
             with pytest.raises(httpx.TransportError):

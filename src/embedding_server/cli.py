@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -377,6 +378,7 @@ def _run(command: str, options: dict[str, Any]) -> int:
 def _embed(settings: Settings, options: dict[str, Any]) -> int:
     from embedding_server.corpus import CorpusOptions, embed_corpus
 
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaving nothing half
     on_ray = options.pop("ray")
     names = ("address", "actors", "gpus")
     cluster = {name: options.pop(f"ray_{name}") for name in names if f"ray_{name}" in options}

@@ -221,5 +221,7 @@ def _read_line(line: Line, raw: bytes, field: str | None) -> Line:
 def _check_readable(files: Sequence[str]) -> None:
     """Fail before a model is loaded, rather than at the last of many files."""
     for file in files:
+        if Path(file).suffix == ".parquet":
+            raise ConfigurationError(f"{file}: Parquet is read with --ray only (extra [ray]).")
         if file != "-" and (Path(file).is_dir() or not os.access(file, os.R_OK)):
             raise ConfigurationError(f"{file} is no file that exists and can be read.")

@@ -44,7 +44,8 @@ def _ask(settings: Settings) -> tuple[int, str]:
         connection.sock = stream
         connection.request("GET", "/health/ready")
         answer = connection.getresponse()
-        return answer.status, answer.read().decode(errors="replace")
+        told = answer.read().decode(errors="replace")
+        return answer.status, told or f"an empty answer of status {answer.status}"
 
 
 def _connect(settings: Settings) -> socket.socket:

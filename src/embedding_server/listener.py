@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -112,9 +113,10 @@ def _listen_on_port(host: str, port: int) -> socket.socket:
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
+        taken = error.errno == errno.EADDRINUSE
+        hint = "Another program uses it; choose another with --port" if taken else "See --host"
         raise ConfigurationError(
-            f"Can't listen on {host} port {port}: {error.strerror}. Another program may use it; "
-            "choose another with --port."
+            f"Can't listen on {host} port {port}: {error.strerror}. {hint}."
         ) from None
     return listener
 

@@ -156,8 +156,10 @@ def _npy(path: Path, dims: int) -> Iterator[Writer]:
 def _parquet(path: Path, dims: int) -> Iterator[Writer]:
     with whole_file(path) as stream:
         writer = _Parquet(stream, dims)
-        yield writer
-        writer.finish()
+        try:
+            yield writer
+        finally:  # or it would do so itself, when its file is closed
+            writer.finish()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,9 @@ _MANIFEST = "_manifest.json"
 
 # Rows that are lost at most, with what an actor had in hand, and that one task takes.
 _PART_ROWS = 16_384
+
+# Between two lines of the log where no terminal shows a bar.
+_LOG_SECONDS = 30.0
 
 # Of a part's file: what was cut in it.
 _TOLD = b"embedding_server"
@@ -101,15 +105,23 @@ def embed_on_ray(settings: Settings, options: CorpusOptions, cluster: ClusterOpt
     bar = tqdm(
         total=total, initial=total - rows_left, unit=" rows", disable=not sys.stderr.isatty()
     )
-    with bar:
-        if left:
-            results = _results(left, folder, settings, options, cluster)
-            with contextlib.closing(results):
-                for result in results:
-                    if result["error"]:
-                        raise EmbeddingServerError(str(result["error"]))
-                    told.append(result)
-                    bar.update(int(result["rows"]))
+    done = total - rows_left
+    logged = time.monotonic()
+    results = _results(left, folder, settings, options, cluster)
+    try:
+        with bar, contextlib.closing(results):
+            for result in results:
+                if result["error"]:
+                    raise EmbeddingServerError(str(result["error"]))
+                told.append(result)
+                done += int(result["rows"])
+                bar.update(int(result["rows"]))
+                if bar.disable and time.monotonic() - logged > _LOG_SECONDS:
+                    logged = time.monotonic()
+                    logger.info("%d of %d rows are done", done, total)
+    except KeyboardInterrupt:
+        logger.warning("interrupted: %d of %d rows are done; run it again to go on", done, total)
+        raise
     logger.info("embedded %d rows; %d in all, in %s", rows_left, total, folder)
     cut = [result for result in told if result["truncated"]]
     if cut:
@@ -169,7 +181,9 @@ def _results(
     options: CorpusOptions,
     cluster: ClusterOptions,
 ) -> Generator[Mapping[str, Any], None, None]:
-    """What the actors say, part by part as each is done."""
+    """What the actors say, part by part as each is done; no cluster is asked for no part."""
+    if not parts:
+        return
     import ray
     import ray.data
 
@@ -382,8 +396,8 @@ def begun(output: str, manifest: Mapping[str, Any]) -> Path:
         if before != manifest:
             others = sorted(k for k in {*before, *manifest} if before.get(k) != manifest.get(k))
             raise ConfigurationError(
-                f"{folder} was begun with another {', '.join(others)}: {_MANIFEST} there has what "
-                "it was. Go on with the same, or name another folder."
+                f"{folder} was begun with other values of {', '.join(others)}: {_MANIFEST} there "
+                "has them. Go on with the same, or name another folder."
             )
     elif any(folder.iterdir()):
         raise ConfigurationError(f"{folder} holds other files: name an empty or a new folder.")

@@ -70,7 +70,8 @@ class Prometheus:
 
     def range(self, query: str) -> list[Json]:
         """Every series of ``query`` from the beginning until now, as a graph would ask."""
-        times = {"start": self.since, "end": time.time(), "step": 1}
+        # A step further, as the last one may be before what was scraped last.
+        times = {"start": self.since, "end": time.time() + 1, "step": 1}
         found: list[Json] = self.get("query_range", query=query, **times)["result"]
         return found
 

@@ -46,6 +46,13 @@ class LiveServer:
             raise
 
 
+def free_port() -> int:
+    """A port of loopback that nobody had just now, for a program that must be told one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment without settings of ours, and with no way to a real hub."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("EMBEDDING_SERVER_", "HF_"))}

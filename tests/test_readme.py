@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from live import environment
+from live import environment, free_port
 from readme import before_deployment, blocks, commands
 
 ROOT = Path(__file__).parent.parent
@@ -27,12 +26,6 @@ COMMANDS = commands(README)
 # A newcomer's machine has no environment of ours around it.
 INSTALL_SECONDS = 900
 SERVE = "scripts/serve --model all-MiniLM-L6-v2"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

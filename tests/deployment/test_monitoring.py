@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from dashboard import PROMETHEUS, RULES, alerts, labels_in_legend, load_dashboar
 from fake_backends import RELEASE
 from faulty_server import PROGRAM
 from in_process import until
-from live import LiveServer, running_server
+from live import LiveServer, free_port, running_server
 from readme import commands, section
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,8 +129,7 @@ def running_prometheus(folder: Path, *servers: LiveServer) -> Iterator[Prometheu
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [*map(instance, servers)]
     file = folder / "prometheus.yml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = readme_command("prometheus")
     command = command.replace(str(PROMETHEUS.relative_to(ROOT)), str(file))
     command = re.sub(r"(--storage\.tsdb\.path=)\S+", rf"\g<1>{folder / 'data'}", command)

@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
-from live import START_SECONDS, environment
+from live import START_SECONDS, environment, free_port
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from readme import ROOT, blocks, commands, section
@@ -320,12 +319,6 @@ def test_a_model_is_pulled_impurely_and_pinned(nix: Nix) -> None:
 
 
 # ---------------------------------------------------------------------------------------- commands
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import httpx
 import pytest
 from booted_systemd import ROOT, Machine, booted, missing
 from in_process import until
-from live import environment
+from live import environment, free_port
 from readme import commands, section
 
 from embedding_server.settings import Settings
@@ -111,9 +110,7 @@ class TestAnalyze:
 )
 def test_systemds_own_socket_activation(tmp_path: Path) -> None:
     """It starts the server when the first client connects."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "embedding_server.cli", "serve", "--model", MODEL]
     given = {name: text for name, text in environment().items() if name != "PYTHONPATH"}
     variables = (f"--setenv=PYTHONPATH={ROOT / 'src'}", "--setenv=HF_HUB_OFFLINE=1")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -47,9 +48,11 @@ def expected_of(model: TinyModel, texts: list[str], **options: Any) -> NDArray[n
     return vectors
 
 
-def assert_exact(model: TinyModel, texts: list[str], **options: Any) -> None:
+def assert_exact(
+    model: TinyModel, texts: list[str], *, backend: str = "onnx", **options: Any
+) -> None:
     """The vectors agree with the reference, and the company of a text changes nothing."""
-    with Embedder(str(model.folder), backend="onnx") as embedder:
+    with Embedder(str(model.folder), backend=backend) as embedder:
         together = embedder.embed(texts, **options)
         alone = np.concatenate([embedder.embed([text], **options) for text in texts[::7]])
     assert np.abs(together - expected_of(model, texts)).max() < 1e-5
@@ -147,6 +150,31 @@ def test_modernbert_variants(options: dict[str, Any], tmp_path: Path) -> None:
     options = {"max_positions": 300, "max_seq_length": 290, **options}
     model = make("modernbert", tmp_path / "modernbert", **options)
     assert_exact(model, by_length(290))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("backend", ["onnx", "torch"])
+def test_qwen3_that_attends_in_both_directions(kv_heads: int, backend: str, tmp_path: Path) -> None:
+    model = make("qwen3", tmp_path / "qwen3", kv_heads=kv_heads, config={"is_causal": False})
+    texts = [*by_length(120), *tiny_models.ODD_TEXTS]
+    assert_exact(model, texts, backend=backend)
+    causal = make("qwen3", tmp_path / "causal", kv_heads=kv_heads)
+    difference = np.abs(expected_of(causal, texts) - expected_of(model, texts)).max()
+    assert difference > 0.1, "the reference itself must heed is_causal"
+
+
+def test_the_pooling_of_a_plain_folder_follows_is_causal(tmp_path: Path) -> None:
+    """Without modules.json sentence-transformers takes the last token's state, or their mean."""
+    for causal in (True, False):
+        config = {"architectures": ["Qwen3ForCausalLM"], "is_causal": causal}
+        model = make("qwen3", tmp_path / f"qwen3-{causal}", config=config)
+        for name in ("modules.json", "config_sentence_transformers.json"):
+            (model.folder / name).unlink()
+        path = model.folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text())
+        del settings["chat_template"]
+        path.write_text(json.dumps(settings))
+        assert_exact(model, BODY[:20])
 
 
 def test_padding_token_written_in_a_text(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from embedding_server.backends.weights import name_some
 from embedding_server.errors import ModelNotSupported
 
 __all__ = [
@@ -20,6 +21,10 @@ __all__ = [
     "Positions",
     "Rotary",
     "architecture_of",
+    "check_code",
+    "keys_that_count",
+    "unknown_keys",
+    "unused_tensors",
 ]
 
 Config = Mapping[str, Any]
@@ -40,12 +45,54 @@ ACTIVATIONS: Mapping[str, Activation] = {
 _MOST_LAYERS = 10_000
 
 ANY_FAMILY: Mapping[str, tuple[object, ...]] = {
-    "quantization_config": (None,),
     "add_cross_attention": (None, False),
     "is_decoder": (None, False),
     "is_encoder_decoder": (None, False),
+    "per_layer_config": (None, {}),
+    "position_embedding_type": (None, "absolute"),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+    "return_dict": (None, True),
+    "transformers_weights": (None,),
 }
 """What changes the result in every family: the values that are possible here."""
+
+_HARMLESS = frozenset(
+    (
+        # What the file is, and for which task it was saved.
+        *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "language"),
+        *("name", "finetuning_task", "problem_type", "id2label", "label2id", "num_labels"),
+        *("_num_labels", "model_max_length"),
+        # How it was trained.
+        *("attention_dropout", "attention_probs_dropout_prob", "classifier_dropout"),
+        *("hidden_dropout_prob", "gradient_checkpointing", "initializer_range", "torchscript"),
+        # How it is run; everything is computed in float32.
+        *("dtype", "torch_dtype", "use_bfloat16", "chunk_size_feed_forward", "use_cache"),
+        *("output_past", "output_attentions", "output_hidden_states", "tie_word_embeddings"),
+        *("attn_implementation", "_attn_implementation_autoset"),
+        *("bos_token_id", "cls_token_id", "eos_token_id", "mask_token_id", "sep_token_id"),
+        *("unk_token_id", "decoder_start_token_id"),
+        # Layers over the states that give no embedding.
+        *("directionality", "pooler_fc_size", "pooler_num_attention_heads"),
+        *("pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
+        *("summary_activation", "summary_first_dropout", "summary_proj_to_labels"),
+        *("summary_type", "summary_use_proj"),
+        # Generation of text, which transformers 5 keeps elsewhere.
+        *("bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample"),
+        *("early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty"),
+        *("forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length"),
+        *("min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams"),
+        *("num_return_sequences", "output_scores", "remove_invalid_values"),
+        *("repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature"),
+        *("top_k", "top_p", "typical_p"),
+    )
+)
+"""Keys of config.json that change no embedding of any family, whatever they are set to."""
+
+_READ_ELSEWHERE = frozenset(
+    ("architectures", "max_position_embeddings", "model_type", "pad_token_id", "tokenizer_class")
+)
+"""Keys that models/ reads: for limits of length, tokenizers, and a pooling that no file names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +179,98 @@ class Architecture:
 
     prefixes: tuple[str, ...]
     """What some checkpoints put before every name."""
+    unused: tuple[str, ...] = ()
+    """See ``Family``."""
 
 
 def architecture_of(config: Config) -> Architecture:
     """The architecture of a ``config.json``.
 
-    Raises ModelNotSupported for a family that isn't built, and for a value that would change
-    the result and isn't implemented.
+    Raises ModelNotSupported for a family that isn't built, for a value that would change the
+    result and isn't implemented, and for a key that isn't known.
     """
+    architecture, unknown = _read(config)
+    if given := [key for key in unknown if config[key] is not None]:
+        raise ModelNotSupported(
+            f"config.json sets {name_some(given)}, not known here for the family "
+            f"{config['model_type']!r}: it may change the vectors."
+        )
+    return architecture
+
+
+def check_code(config: Config) -> None:
+    """Raise ModelNotSupported if ``config.json`` names code of its authors that is not known to be
+    equal to transformers' own: it may compute something else, and it is never run."""
+    family = ARCHITECTURES.get(str(config.get("model_type")))
+    if config.get("auto_map") and (family is None or "auto_map" not in family.harmless):
+        raise ModelNotSupported(
+            "config.json: auto_map names code, which may compute something else than transformers' "
+            f"own {config.get('model_type')!r}, and a model's code is never run."
+        )
+
+
+def unknown_keys(config: Config) -> list[str]:
+    """The keys of a ``config.json`` that are neither computed nor known to be harmless, sorted.
+
+    Raises ModelNotSupported as ``architecture_of`` does, but for those.
+    """
+    return _read(config)[1]
+
+
+def keys_that_count(config: Config) -> set[str]:
+    """The keys of a ``config.json`` that may change a vector, by what they are set to.
+
+    All but those that are null, harmless, or set to what changes nothing.
+    """
+    family = ARCHITECTURES.get(str(config.get("model_type")))
+    harmless = _HARMLESS if family is None else _HARMLESS | family.harmless
+    allowed = ANY_FAMILY if family is None else {**ANY_FAMILY, **family.allowed}
+    return {
+        key
+        for key, value in config.items()
+        if value is not None
+        and key not in harmless
+        and not any(_equal(value, other) for other in allowed.get(key, ()))
+    }
+
+
+def unused_tensors(model_type: str) -> tuple[str, ...]:
+    """``Family.unused`` of a ``model_type``, which needs not be built here."""
+    family = ARCHITECTURES.get(model_type)
+    return _UNUSED_ANYWHERE if family is None else family.unused
+
+
+def _read(config: Config) -> tuple[Architecture, list[str]]:
     kind = config.get("model_type")
     family = ARCHITECTURES.get(str(kind))
     if family is None:
         raise ModelNotSupported(
             f"The architecture {kind!r} is not built here; there are: {', '.join(ARCHITECTURES)}."
         )
-    _allow(config, {**ANY_FAMILY, **family.allowed})
-    return family.read(config)
+    check_code(config)
+    reading = _Reading(config)
+    _allow(reading, {**ANY_FAMILY, **family.allowed})
+    architecture = replace(family.read(reading), unused=family.unused)
+    known = _HARMLESS | _READ_ELSEWHERE | family.harmless | reading.keys_read
+    return architecture, sorted(config.keys() - known)
+
+
+class _Reading(Mapping[str, Any]):
+    """A config that remembers which of its keys were asked for."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.keys_read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_read.add(key)
+        return self._config[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._config)
+
+    def __len__(self) -> int:
+        return len(self._config)
 
 
 def _bert(config: Config) -> Architecture:
@@ -257,7 +380,7 @@ def _nomic_bert(config: Config) -> Architecture:
     if config.get("rotary_scaling_factor") is not None:
         factor = _number(config, "rotary_scaling_factor")
         rotary = replace(rotary, factor=factor, trained=_size(config, "max_trained_positions"))
-    return Architecture(
+    architecture = Architecture(
         hidden=hidden,
         heads=heads,
         kv_heads=heads,
@@ -270,12 +393,26 @@ def _nomic_bert(config: Config) -> Architecture:
         norm_eps=_number(config, "layer_norm_epsilon"),
         **_NOMIC_TENSORS,
     )
+    # Some repositories have the fields of transformers, too.
+    if "hidden_size" in config and _nomic_of_transformers(config) != architecture:
+        raise ModelNotSupported(
+            "config.json: n_embd, n_head and their like and the fields of transformers "
+            "(hidden_size, num_attention_heads, ...) describe two different models."
+        )
+    return architecture
 
 
 def _nomic_of_transformers(config: Config) -> Architecture:
     sizes = _sizes(config)
     theta = _number(config, "rope_theta", 1000.0)
-    rotary = _rotary(_rope_parameters(config), theta, sizes["head_dim"])
+    parameters = _rope_parameters(config)
+    dynamic = None
+    if isinstance(parameters, Mapping) and parameters.get("rope_type") == "dynamic":
+        dynamic = _number(parameters, "factor")
+        parameters = {**parameters, "rope_type": "default"}
+    rotary = _rotary(parameters, theta, sizes["head_dim"])
+    if dynamic is not None:
+        rotary = replace(rotary, factor=dynamic, trained=_size(config, "max_position_embeddings"))
     return Architecture(
         **sizes,
         attention=(Attention(rotary=rotary),) * _layers(config, "num_hidden_layers"),
@@ -307,7 +444,7 @@ _NOMIC_TENSORS: Mapping[str, Any] = {
 
 def _modernbert(config: Config) -> Architecture:
     sizes = _sizes(config)
-    every = _size({"global_attn_every_n_layers": 3, **config}, "global_attn_every_n_layers")
+    every = _size(config, "global_attn_every_n_layers", 3)
     layers = _layers(config, "num_hidden_layers")
     kinds = config.get("layer_types") or [
         "sliding_attention" if layer % every else "full_attention" for layer in range(layers)
@@ -371,7 +508,10 @@ def _qwen3(config: Config) -> Architecture:
         )
     theta = _number(config, "rope_theta", 10_000.0)
     rotary = _rotary(_rope_parameters(config), theta, head_dim)
-    by_kind = {"full_attention": Attention(causal=True, rotary=rotary)}
+    # transformers' masking_utils.py: false makes a decoder attend in both directions.
+    causal = config.get("is_causal")
+    _allow(config, {"is_causal": (None, False, True)})
+    by_kind = {"full_attention": Attention(causal=causal is not False, rotary=rotary)}
     kinds = config.get("layer_types") or ["full_attention"] * layers
     _check_kinds(kinds, layers, by_kind)
     return Architecture(
@@ -404,30 +544,87 @@ def _qwen3(config: Config) -> Architecture:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One row of the table of architectures."""
+    """One row of the table of architectures.
+
+    A key of config.json is one that ``read`` reads, one in ``allowed``, or a harmless one; any
+    other is refused, as it may change the vectors.
+    """
 
     examples: str
     """Models that people know."""
     read: Callable[[Config], Architecture]
     allowed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     """Keys of config.json that would change the result, and the values that are computed."""
+    harmless: frozenset[str] = frozenset()
+    """Keys of config.json that change nothing, beside those that never do."""
+    unused: tuple[str, ...]
+    """Tensors that give no embedding, as patterns of fnmatch: heads of other tasks, buffers."""
 
 
-_ABSOLUTE = {"position_embedding_type": (None, "absolute")}
+_BIDIRECTIONAL = {"is_causal": (None, False)}
 _PLAIN_ROTARY = {"partial_rotary_factor": (None, 1)}
 
+_BERT_UNUSED = ("pooler.*", "embeddings.position_ids", "cls.*", "classifier.*", "qa_outputs.*")
+_ROBERTA_UNUSED = (
+    *("pooler.*", "embeddings.position_ids", "lm_head.*", "classifier.*", "qa_outputs.*"),
+)
+_UNUSED_ANYWHERE = (
+    *("pooler.*", "*.pooler.*", "*position_ids", "*inv_freq", "cls.*", "lm_head.*", "mlm_head.*"),
+    *("classifier.*", "score.*", "qa_outputs.*", "predictions.*", "*_predictions.*"),
+    "generator_lm_head.*",
+)
+"""Of a family that isn't built here."""
+
 ARCHITECTURES: Mapping[str, Family] = {
-    "bert": Family("MiniLM, BGE, E5, GTE, mxbai, Snowflake Arctic v1", _bert, _ABSOLUTE),
-    "roberta": Family("all-distilroberta-v1, all-roberta-large-v1", _roberta, _ABSOLUTE),
-    "xlm-roberta": Family("multilingual-e5, bge-m3 (dense)", _roberta, _ABSOLUTE),
-    "mpnet": Family("all-mpnet-base-v2, multi-qa-mpnet", _mpnet),
-    "distilbert": Family("msmarco-distilbert, multi-qa-distilbert", _distilbert),
+    "bert": Family(
+        examples="MiniLM, BGE, E5, GTE, mxbai, Snowflake Arctic v1",
+        read=_bert,
+        allowed=_BIDIRECTIONAL,
+        unused=_BERT_UNUSED,
+    ),
+    "roberta": Family(
+        examples="all-distilroberta-v1, all-roberta-large-v1",
+        read=_roberta,
+        allowed=_BIDIRECTIONAL,
+        unused=_ROBERTA_UNUSED,
+    ),
+    "xlm-roberta": Family(
+        examples="multilingual-e5, bge-m3 (dense)",
+        read=_roberta,
+        allowed=_BIDIRECTIONAL,
+        unused=_ROBERTA_UNUSED,
+    ),
+    "mpnet": Family(
+        examples="all-mpnet-base-v2, multi-qa-mpnet",
+        read=_mpnet,
+        allowed=_BIDIRECTIONAL,
+        # transformers computes 32 buckets whatever it says; the table's own rows are looked at.
+        harmless=frozenset({"relative_attention_num_buckets"}),
+        unused=_ROBERTA_UNUSED,
+    ),
+    "distilbert": Family(
+        examples="msmarco-distilbert, multi-qa-distilbert",
+        read=_distilbert,
+        allowed=_BIDIRECTIONAL,
+        # Sinusoidal positions are the table's first values, which the checkpoint replaces.
+        harmless=frozenset(
+            (
+                *("dropout", "qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds"),
+                "tie_weights_",
+            )
+        ),
+        unused=(
+            *("vocab_transform.*", "vocab_layer_norm.*", "vocab_projector.*", "pre_classifier.*"),
+            *("classifier.*", "qa_outputs.*"),
+        ),
+    ),
     "nomic_bert": Family(
-        "nomic-embed-text-v1, v1.5",
-        _nomic_bert,
-        {
+        examples="nomic-embed-text-v1, v1.5",
+        read=_nomic_bert,
+        allowed={
+            **_BIDIRECTIONAL,
             **_PLAIN_ROTARY,
             "activation_function": ("swiglu",),
             "causal": (None, False),
@@ -445,10 +642,41 @@ ARCHITECTURES: Mapping[str, Family] = {
             "scale_attn_weights": (None, True),
             "use_rms_norm": (None, False),
         },
+        harmless=frozenset(
+            (
+                *("attn_pdrop", "auto_map", "dense_seq_output", "embd_pdrop", "fused_bias_fc"),
+                *("fused_dropout_add_ln", "max_trained_positions", "n_positions"),
+                *("pad_vocab_size_multiple", "parallel_block_tied_norm", "resid_pdrop"),
+                *("reorder_and_upcast_attn", "use_flash_attn", "use_xentropy"),
+            )
+        ),
+        unused=("cls.*", "pooler.*", "*.rotary_emb.inv_freq"),
     ),
-    "modernbert": Family("gte-modernbert-base, modernbert-embed-base", _modernbert, _PLAIN_ROTARY),
+    "modernbert": Family(
+        examples="gte-modernbert-base, modernbert-embed-base",
+        read=_modernbert,
+        allowed={**_BIDIRECTIONAL, **_PLAIN_ROTARY},
+        harmless=frozenset(
+            (
+                *("classifier_activation", "classifier_bias", "classifier_pooling"),
+                *("decoder_bias", "deterministic_flash_attn", "embedding_dropout"),
+                *("initializer_cutoff_factor", "mlp_dropout", "reference_compile"),
+                *("repad_logits_with_grad", "sparse_pred_ignore_index", "sparse_prediction"),
+                "layer_norm_eps",  # norm_eps counts
+            )
+        ),
+        unused=("head.*", "decoder.*", "classifier.*"),
+    ),
     "qwen3": Family(
-        "Qwen3-Embedding", _qwen3, {**_PLAIN_ROTARY, "use_sliding_window": (None, False)}
+        examples="Qwen3-Embedding",
+        read=_qwen3,
+        allowed={
+            **_PLAIN_ROTARY,
+            "use_bidirectional_attention": (None, False),
+            "use_sliding_window": (None, False),
+        },
+        harmless=frozenset({"max_window_layers", "sliding_window"}),  # of no use by themselves
+        unused=("lm_head.*", "score.*", "*.rotary_emb.inv_freq"),
     ),
 }
 """Families by their ``model_type``."""
@@ -457,12 +685,17 @@ ARCHITECTURES: Mapping[str, Family] = {
 def _allow(config: Config, allowed: Mapping[str, tuple[object, ...]]) -> None:
     """Refuse each key that is there with a value other than these."""
     for key, values in allowed.items():
-        if key in config and config[key] not in values:
+        if key in config and not any(_equal(config[key], value) for value in values):
             raise ModelNotSupported(f"config.json: {key} {config[key]!r} is not supported.")
 
 
-def _size(config: Config, key: str) -> int:
-    value = config.get(key)
+def _equal(given: object, value: object) -> bool:
+    """As JSON compares: 1 and 1.0 are equal, 1 and true are not."""
+    return given == value and isinstance(given, bool) == isinstance(value, bool)
+
+
+def _size(config: Config, key: str, default: int | None = None) -> int:
+    value = config.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ModelNotSupported(f"config.json: {key} must be a positive number, not {value!r}.")
     return value

@@ -112,6 +112,7 @@ class _Builder:
             norm = self._in_layer(number, arch.mlp_norm if arch.pre_norm else arch.attention_norm)
             stream, normed = self._add(attended, stream, norm)
             stream, normed = self._add(self._mlp(number, normed), stream, self._norm_after(number))
+        self._weights.check_all_read(*arch.unused)
         self._graph.nodes.append(helper.make_node("Identity", [normed], ["states"]))
         output_value = helper.make_tensor_value_info(
             "states", TensorProto.FLOAT, ["T", arch.hidden]
@@ -251,6 +252,7 @@ class _Builder:
         if causal:
             attended = self._causal(body, parts, length)
         else:
+            parts = [parts[0], *(self._repeat_heads(body, part) for part in parts[1:])]
             bias = self._distance_bias(body, length)
             inputs = [*parts, "", "", bias] if bias else parts
             attended = body.add(
@@ -294,6 +296,19 @@ class _Builder:
             kv_num_heads=arch.kv_heads,
         )
         return str(attended)
+
+    def _repeat_heads(self, body: _Nodes, part: str) -> str:
+        """Keys or values [n, L, kv_heads * head_dim] once for each query head of their group.
+
+        Only the causal kernel shares them among heads by itself.
+        """
+        arch, add = self._arch, body.add
+        group = arch.heads // arch.kv_heads
+        if group == 1:
+            return part
+        grouped = add("Reshape", [part, self._ints([0, 0, arch.kv_heads, 1, arch.head_dim])])
+        repeated = add("Expand", [grouped, self._ints([1, 1, 1, group, 1])])
+        return str(add("Reshape", [repeated, self._ints([0, 0, arch.heads * arch.head_dim])]))
 
     def _distance_bias(self, body: _Nodes, length: str) -> str | None:
         """The bias by distance for sequences of ``length``, [1, heads, length, length]."""

@@ -167,6 +167,7 @@ def _load_dense(module: Module) -> _Dense:
     weights = Weights.open(module.folder)
     weight = weights.array("linear.weight")
     bias = weights.array("linear.bias") if module.config.get("bias", True) else None
+    weights.check_all_read()
     if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         raise ModelNotSupported(f"The weights in {module.folder} have the wrong shape.")
     return _Dense(weight, bias, DENSE_ACTIVATIONS[name])

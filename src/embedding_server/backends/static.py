@@ -14,7 +14,10 @@ from embedding_server.backends.weights import Weights
 from embedding_server.engine.batch import Batch
 from embedding_server.errors import ModelNotSupported
 
-__all__ = ["StaticBackend"]
+__all__ = ["TABLE_TENSORS", "StaticBackend"]
+
+TABLE_TENSORS = frozenset({"embedding.weight", "embeddings", "mapping", "weights"})
+"""Every tensor that sentence-transformers reads of a static model."""
 
 _Values = TypeVar("_Values", bound=NDArray[Any])
 
@@ -39,7 +42,9 @@ class StaticBackend:
         """Read the table; raises ModelNotSupported for any other kind of model."""
         if pipeline.body != "StaticEmbedding":
             raise ModelNotSupported(f"{pipeline.folder} is no static embedding model.")
-        table = _read_table(Weights.open(pipeline.transformer))
+        weights = Weights.open(pipeline.transformer)
+        table = _read_table(weights)
+        weights.check_all_read()
         return cls(table, Projection.from_modules(pipeline.modules, table.shape[1]))
 
     def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,12 +14,33 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from embedding_server.backends.architectures import (
+    ARCHITECTURES,
+    architecture_of,
+    check_code,
+    keys_that_count,
+    unused_tensors,
+)
 from embedding_server.backends.base import BackendOptions, OwnTokenizer, Pipeline
-from embedding_server.engine.batch import Batch
+from embedding_server.backends.static import TABLE_TENSORS
+from embedding_server.backends.weights import Weights, name_some
+from embedding_server.engine.batch import Batch, Encoding
 from embedding_server.errors import ModelNotSupported
 
 __all__ = ["TorchBackend", "load_sentence_transformer"]
 
+# Vectors of one text that differ by more than this share of their largest value are not equal.
+_ROUNDING = 1e-3
+
+# Rotary embeddings that transformers scales by the longest input of a batch.
+_SCALED_BY_BATCH = ("dynamic", "longrope")
+
+# Keys that transformers takes from config.json and keeps under other names.
+_OLDER_KEYS = (
+    *("rope_scaling", "rope_theta", "global_rope_theta", "local_rope_theta"),
+    *("partial_rotary_factor", "global_attn_every_n_layers", "is_causal", "per_layer_config"),
+    *("architectures", "model_type", "quantization_config", "tokenizer_class"),
+)
 
 # What it says of the CPU's memory and of Apple's, for which it has no exception.
 _NO_MEMORY = ("can't allocate memory", "out of memory")
@@ -44,7 +69,9 @@ class TorchBackend:
         import torch
 
         torch.set_num_threads(options.threads)
-        return cls(model, pipeline)
+        backend = cls(model, pipeline)
+        backend._check_company(pipeline)
+        return backend
 
     def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
         """float32 [len(batch), dims]; see ``Backend.embed``."""
@@ -59,6 +86,30 @@ class TorchBackend:
                 int(prompt), input_ids=ids[rows], attention_mask=mask[rows]
             )
         return vectors
+
+    def _check_company(self, pipeline: Pipeline) -> None:
+        """Raise ModelNotSupported if what shares a text's batch changes its vector.
+
+        transformers computes some configs so: with ``is_causal`` true an encoder attends to
+        earlier tokens only, unless another text's padding brings a mask.
+        """
+        if self.tokenizer is None:
+            return
+        texts = ("one", "one two three four five six seven eight")
+        self.tokenizer.backend.no_padding()
+        encoded = [tuple(self.tokenizer.backend.encode(text).ids) for text in texts]
+        if not all(encoded):
+            return
+        encodings = [Encoding(ids, len(ids)) for ids in encoded]
+        alone = self.embed(Batch.from_encodings(encodings[:1]))[0]
+        together = self.embed(Batch.from_encodings(encodings))[0]
+        if np.abs(alone - together).max() > _ROUNDING * np.abs(alone).max():
+            causal = pipeline.config.get("is_causal")
+            named = f" (it sets is_causal {json.dumps(causal)})" if causal is not None else ""
+            raise ModelNotSupported(
+                f"{pipeline.transformer / 'config.json'} asks for a model{named} whose vectors "
+                "depend on what else is in the batch."
+            )
 
     def _forward(self, prompt: int = 0, **arrays: NDArray[np.int64]) -> NDArray[np.float32]:
         import torch
@@ -95,7 +146,8 @@ def _own_tokenizer(tokenizer: Any) -> OwnTokenizer:
 def load_sentence_transformer(folder: Path) -> Any:
     """The SentenceTransformer in ``folder``, in float32 and without a final ``Normalize``.
 
-    Raises ModelNotSupported without the extra [torch], or if it can't be loaded.
+    Raises ModelNotSupported without the extra [torch], if it can't be loaded, and if weights are
+    missing in the files or left over.
     """
     try:
         import torch
@@ -112,17 +164,97 @@ def load_sentence_transformer(folder: Path) -> Any:
                 f"{pickle} is a pickle, which can run code and is never read: save the model as "
                 "safetensors."
             )
+    modules = folder / "modules.json"
+    first = json.loads(modules.read_text(encoding="utf-8"))[0] if modules.is_file() else {}
+    home = folder / first.get("path", "")
+    if (home / "config.json").is_file():
+        check_code(json.loads((home / "config.json").read_text(encoding="utf-8")))
     try:
         model = SentenceTransformer(
             str(folder),
             trust_remote_code=False,
             local_files_only=True,
             # Half-precision weights are computed in float32, as every backend does.
-            model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+            # A tensor of another shape is refused below, by its name.
+            model_kwargs={
+                "dtype": torch.float32,
+                "use_safetensors": True,
+                "ignore_mismatched_sizes": True,
+            },
         )
     except Exception as error:
         raise ModelNotSupported(f"sentence-transformers can't load {folder}: {error}") from error
+    _check_loading(model, home)
     # Scaling belongs to the request (`normalize`), so the model stops before it.
     while isinstance(model[-1], Normalize):
         del model[-1]
     return model.float().eval()
+
+
+def _check_loading(model: Any, home: Path) -> None:
+    """Raise ModelNotSupported for a model that is not the whole one in ``home``.
+
+    transformers initialises at random what the checkpoint lacks, drops what its class doesn't
+    know, and warns of both. ``home`` is the first module's folder.
+    """
+    weights = Weights.open(home)
+    transformer = model.transformers_model
+    if transformer is None:
+        if unread := set(weights) - TABLE_TENSORS:
+            raise _incomplete(home, "drop", unread)
+        return
+    _check_config(home, transformer.config)
+    # The report comes with a model only, and sentence-transformers asks for none.
+    _, report = type(transformer).from_pretrained(
+        str(home),
+        config=copy.deepcopy(transformer.config),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    unused = unused_tensors(transformer.config.model_type)
+
+    def used(names: Iterable[str]) -> list[str]:
+        bare = (name.removeprefix(f"{transformer.base_model_prefix}.") for name in names)
+        return [name for name in bare if not any(fnmatchcase(name, form) for form in unused)]
+
+    if missing := used([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]):
+        raise _incomplete(home, "initialise at random", missing)
+    if left_over := used(report["unexpected_keys"]):
+        raise _incomplete(home, "drop", left_over)
+
+
+def _incomplete(home: Path, what: str, names: Iterable[str]) -> ModelNotSupported:
+    return ModelNotSupported(
+        f"{home}: sentence-transformers would {what} {name_some(sorted(names))}: config.json and "
+        "the weights don't belong together, or the model needs its authors' code."
+    )
+
+
+def _check_config(home: Path, config: Any) -> None:
+    """Raise ModelNotSupported where transformers reads config.json otherwise than it is meant."""
+    values = config.to_dict()
+    rotary = values.get("rope_parameters") or {}
+    for parameters in (rotary, *rotary.values()):
+        kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
+        if kind in _SCALED_BY_BATCH:
+            raise ModelNotSupported(
+                f"{home / 'config.json'}: transformers scales the rotary embedding {kind!r} by "
+                "the longest text of a batch, so that vectors depend on what else is in it."
+            )
+    given = json.loads((home / "config.json").read_text(encoding="utf-8"))
+    if given["model_type"] not in ARCHITECTURES:
+        return  # what counts in it is not known here
+    try:
+        meant = architecture_of(given)
+    except ModelNotSupported:
+        read = {*type(config)().to_dict(), *config.attribute_map, *_OLDER_KEYS}
+        unread = sorted(keys_that_count(given) - read)
+    else:
+        same = architecture_of({**values, "model_type": given["model_type"]}) == meant
+        unread = [] if same else sorted(keys_that_count(given))
+    if unread:
+        raise ModelNotSupported(
+            f"{home / 'config.json'}: transformers doesn't heed all of {name_some(unread)}."
+        )

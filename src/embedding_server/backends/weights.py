@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from embedding_server.errors import ModelNotSupported
 
-__all__ = ["Tensor", "Weights"]
+__all__ = ["Tensor", "Weights", "name_some"]
 
 _HEADER_SIZE = 8  # little-endian uint64 before the JSON header, as the format defines
 
@@ -45,39 +46,70 @@ class Tensor:
 
 
 class Weights(Mapping[str, Tensor]):
-    """Tensors by name, without what the checkpoint puts before every name (as ``bert.``)."""
+    """Tensors by name, without what the checkpoint puts before every name (as ``bert.``).
+
+    It remembers which were looked up: one that nobody reads may change the result.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         self._tensors = dict(tensors)
+        self._read: set[str] = set()
         self.folder = folder
 
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Read the headers of ``model.safetensors`` or its shards.
 
-        Raises ModelNotSupported, naming the file, if one is missing, damaged or cut.
+        Raises ModelNotSupported, naming the file, if one is missing, damaged or cut, and if two
+        disagree about a tensor.
         """
-        tensors: dict[str, Tensor] = {}
-        for file in _files(folder):
-            tensors.update(_read_header(file))
-        return cls(tensors, folder)
+        copies = []
+        for files in _copies(folder):
+            tensors: dict[str, Tensor] = {}
+            for file in files:
+                _merge(tensors, _read_header(file))
+            copies.append(tensors)
+        first, *others = copies
+        for other in others:
+            if odd := sorted(first.keys() ^ other.keys()):
+                raise ModelNotSupported(
+                    f"{folder} has model.safetensors and shards that disagree: only one of them "
+                    f"has {name_some(odd)}. Delete the one that is not the model's."
+                )
+            _merge(first, other)
+        return cls(first, folder)
 
     def without_prefix(self, *prefixes: str, known: str) -> Weights:
         """The same with the first of ``prefixes`` taken off that makes the name ``known`` appear.
 
-        Raises ModelNotSupported if none does.
+        Raises ModelNotSupported if none does, and if two tensors get the same name by it.
         """
         for prefix in ("", *prefixes):
             if prefix + known in self._tensors:
-                named = {
-                    name.removeprefix(prefix): tensor
-                    for name, tensor in self._tensors.items()
-                    if name.startswith(prefix)
-                }
+                named: dict[str, Tensor] = {}
+                for name, tensor in self._tensors.items():
+                    _merge(named, {name.removeprefix(prefix): tensor})
                 return Weights(named, self.folder)
         raise ModelNotSupported(f"The weights in {self.folder} have no tensor {known!r}.")
 
+    def check_all_read(self, *ignored: str) -> None:
+        """Raise ModelNotSupported if a tensor was not looked up and matches none of ``ignored``.
+
+        These are patterns as of ``fnmatch``: of heads that give no embedding.
+        """
+        unread = [
+            name
+            for name in sorted(self._tensors.keys() - self._read)
+            if not any(fnmatchcase(name, pattern) for pattern in ignored)
+        ]
+        if unread:
+            raise ModelNotSupported(
+                f"The weights in {self.folder} have {name_some(unread)}, which nothing here reads: "
+                "the model computes more than config.json says."
+            )
+
     def __getitem__(self, name: str) -> Tensor:
+        self._read.add(name)
         try:
             return self._tensors[name]
         except KeyError:
@@ -119,17 +151,42 @@ class Weights(Mapping[str, Tensor]):
         return np.asarray(_read(tensor).view(dtype), dtype=np.int64).reshape(tensor.shape)
 
 
+def name_some(names: Sequence[str]) -> str:
+    """The first few of ``names`` for an error, and how many more there are."""
+    first = ", ".join(map(repr, names[:3]))
+    more = len(names) - 3
+    return f"{first} and {more} more" if more > 0 else first
+
+
+def _merge(tensors: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Add ``more``; of a name that is there already, the values must be the same."""
+    for name, tensor in more.items():
+        there = tensors.setdefault(name, tensor)
+        if there is not tensor and not _same(there, tensor):
+            where = f"{tensor.file} has another tensor"
+            if there.file != tensor.file:
+                where = f"{there.file} and {tensor.file} disagree about the tensor"
+            raise ModelNotSupported(f"{where} {name!r}: delete the one that is not the model's.")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    return alike and np.array_equal(_read(one), _read(other))
+
+
 def _read(tensor: Tensor) -> NDArray[np.uint8]:
     """The tensor's bytes, mapped from its file."""
     return np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,))
 
 
-def _files(folder: Path) -> list[Path]:
+def _copies(folder: Path) -> list[list[Path]]:
+    """The files of the model; of each copy, where it is there as one file and in shards, too."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        # The hub's cache holds links; the runtime maps a file only from where it really lies.
-        return [single.resolve()]
+    # The hub's cache holds links; the runtime maps a file only from where it really lies.
+    copies = [[single.resolve()]] if single.is_file() else []
     if not index.is_file():
+        if copies:
+            return copies
         raise ModelNotSupported(f"{folder} has no model.safetensors.")
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -140,7 +197,7 @@ def _files(folder: Path) -> list[Path]:
         # By its name alone, as in the hub's cache every file is a link to somewhere else.
         if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
             raise ModelNotSupported(f"{index} names {name!r}, which is not a file beside it.")
-    return [(folder / name).resolve() for name in names]
+    return [*copies, [(folder / name).resolve() for name in names]]
 
 
 def _read_header(file: Path) -> dict[str, Tensor]:
@@ -158,7 +215,7 @@ def _read_header(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelNotSupported(f"{file} is damaged: {error}") from None
     start = _HEADER_SIZE + size
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
@@ -166,5 +223,6 @@ def _read_header(file: Path) -> dict[str, Tensor]:
             # Checkpoints converted from TensorFlow name a norm's weights its way.
             name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
             name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-            tensors[name] = Tensor(file, entry["dtype"], shape, start + begin, end - begin)
+            tensor = Tensor(file, entry["dtype"], shape, start + begin, end - begin)
+            _merge(tensors, {name: tensor})
     return tensors

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from minilm import minilm_folder
 from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import processors
 
 from embedding_server.engine.batch import Encoding
 from embedding_server.engine.tokenizer import Input, Tokenizer
@@ -207,6 +208,61 @@ def test_token_ids_are_the_text_s_without_special_tokens(
 ) -> None:
     bare = theirs(text, add_special_tokens=False)
     assert encode_one(tokenizer, bare) == encode_one(tokenizer, text)
+
+
+@pytest.mark.parametrize("text", ["", "iPhone", "word " * 400, "[SEP] in a text [CLS]"])
+@pytest.mark.parametrize("prompt", ["", "query: "])
+def test_token_ids_may_have_their_special_tokens(
+    tokenizer: Tokenizer, theirs: Callable[..., list[int]], text: str, prompt: str
+) -> None:
+    whole = encode_one(tokenizer, theirs(text), prompt=prompt)
+    assert whole == encode_one(tokenizer, text, prompt=prompt)
+
+
+@pytest.mark.parametrize("ids", [[CLS], [SEP], [CLS, 7], [7, SEP], [SEP, CLS, 7, SEP]], ids=str)
+def test_a_part_of_the_special_tokens_is_refused(tokenizer: Tokenizer, ids: list[int]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        tokenizer.encode([[7], [CLS, 7, SEP], ids])
+    assert (caught.value.index, caught.value.param) == (2, "input")
+    for part in ("input[2]", "(101 first, 102 last) or none"):
+        assert part in str(caught.value)
+
+
+def test_special_tokens_of_token_ids_count_once(tokenizer: Tokenizer) -> None:
+    longest = [CLS, *range(1000, 1254), SEP]
+    assert encode_one(tokenizer, longest, truncate=False).ids == tuple(longest)
+    with pytest.raises(ContextLengthExceeded, match="257 tokens"):
+        encode_one(tokenizer, [CLS, *longest[:-1], SEP], truncate=False)
+
+
+@pytest.mark.parametrize("keep_end", [False, True])
+def test_token_ids_with_special_tokens_are_cut_as_their_text(
+    theirs: Callable[..., list[int]], keep_end: bool
+) -> None:
+    file = minilm_folder() / "tokenizer.json"
+    tokenizer = from_file(file, max_tokens=6, keep_end=keep_end)
+    text = "one two three four five six seven"
+    assert encode_one(tokenizer, theirs(text)) == encode_one(tokenizer, text)
+
+
+def test_a_template_with_one_end(tmp_path: Path) -> None:
+    """Its end alone makes ids complete; a text's own is taken for it."""
+    tokenizer = from_file(tiny.make_qwen3(tmp_path).folder / "tokenizer.json", max_tokens=20)
+    (end,) = encode_one(tokenizer, "").ids
+    whole = encode_one(tokenizer, "one city")
+    assert encode_one(tokenizer, whole.ids) == encode_one(tokenizer, whole.ids[:-1]) == whole
+    assert encode_one(tokenizer, [end]) == encode_one(tokenizer, "")
+    assert encode_one(tokenizer, [end, 7]).ids == (end, 7, end)
+
+
+def test_equal_special_tokens_on_both_ends() -> None:
+    """One of them is not both."""
+    raw = RawTokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
+    raw.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[SEP]", SEP))
+    tokenizer = Tokenizer(raw, max_tokens=20)
+    assert encode_one(tokenizer, [SEP, SEP]) == encode_one(tokenizer, "")
+    with pytest.raises(InvalidRequest, match="only a part"):
+        encode_one(tokenizer, [SEP])
 
 
 def test_token_ids_may_be_numpy_s(tokenizer: Tokenizer) -> None:

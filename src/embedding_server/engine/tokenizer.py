@@ -37,7 +37,7 @@ _one_large = threading.Lock()
 _TURN_SECONDS = 0.01
 
 Input = str | Sequence[int]
-"""A text, or the model's own token ids without special tokens."""
+"""A text, or the model's own token ids, with the special tokens of its template or without."""
 
 _NO_VECTOR = "holds a token that was added to the tokenizer and that the model has no vector for."
 _LONE_SURROGATE = "holds a lone surrogate, which is not valid Unicode text."
@@ -121,8 +121,8 @@ class Tokenizer:
         """One Encoding for each input, in order, with ``prompt`` prepended.
 
         Raises ContextLengthExceeded if an input is too long and ``truncate`` is false,
-        and InvalidRequest for text that is not Unicode, ids outside the vocabulary, and inputs
-        that are neither.
+        and InvalidRequest for text that is not Unicode, ids outside the vocabulary or with a part
+        of their special tokens, and inputs that are neither.
         """
         *_, encodings = self.encode_in_steps(inputs, prompt=prompt, truncate=truncate)
         assert encodings is not None
@@ -245,8 +245,25 @@ class Tokenizer:
                         param="input",
                         index=index,
                     )
-            sequences.append([*start, *ids, *self._suffix])
+            sequences.append([*start, *self._without_special_tokens(index, ids), *self._suffix])
         return sequences
+
+    def _without_special_tokens(self, index: int, ids: list[int]) -> list[int]:
+        """``ids`` without the special tokens of the model's template, be they all there or none."""
+        first, last = len(self._prefix), len(ids) - len(self._suffix)
+        begins = first > 0 and ids[:first] == self._prefix
+        ends = last < len(ids) and ids[max(last, 0) :] == self._suffix
+        if not begins and not ends:
+            return ids
+        if (first > 0 and not begins) or (last < len(ids) and not ends) or first > last:
+            raise InvalidRequest(
+                f"is a list of token ids that has only a part of the model's special tokens: send "
+                f"all of them ({_listed(self._prefix)} first, {_listed(self._suffix)} last) or "
+                "none, and the server adds them.",
+                param="input",
+                index=index,
+            )
+        return ids[first:last]
 
     def _prompt_tokens(self, prompt: str) -> int:
         """As sentence-transformers counts them: those of the prompt alone, but for a special
@@ -327,6 +344,10 @@ def _token_ids(index: int, value: Input) -> list[int]:
         return [operator.index(token) for token in value]  # type: ignore[arg-type]
     except TypeError:
         raise _mixed(index, value) from None
+
+
+def _listed(ids: list[int]) -> str:
+    return ", ".join(map(str, ids))
 
 
 def _mixed(index: int, value: object) -> InvalidRequest:

@@ -29,8 +29,8 @@ def put_in_cache(folder: Path, cache: Path, repo: str, commit: str = COMMIT) -> 
     """Lay ``folder`` into the hub's cache as its client does: links to blobs by their digest."""
     storage = cache / f"models--{repo.replace('/', '--')}"
     snapshot = storage / "snapshots" / commit
-    (storage / "blobs").mkdir(parents=True)
-    (storage / "refs").mkdir()
+    (storage / "blobs").mkdir(parents=True, exist_ok=True)
+    (storage / "refs").mkdir(exist_ok=True)
     (storage / "refs" / "main").write_text(commit)
     for file in folder.rglob("*"):
         if file.is_file():

@@ -27,7 +27,7 @@ async def model(request: Request, name: str) -> ModelDetails:
     """What one served model is."""
     info = request.app.state.registry[name].info
     return ModelDetails(
-        **_openai(info).model_dump(),
+        **_openai(info, name).model_dump(),
         dims=info.dims,
         max_tokens=info.max_tokens,
         pooling=info.pooling,
@@ -47,7 +47,9 @@ async def model(request: Request, name: str) -> ModelDetails:
 async def openai_models(request: Request) -> OpenAIModels:
     """The served models, as OpenAI lists its own."""
     registry: Registry = request.app.state.registry
-    return OpenAIModels(data=[_openai(engine.info) for engine in registry], object="list")
+    return OpenAIModels(
+        data=[_openai(engine.info, engine.info.name) for engine in registry], object="list"
+    )
 
 
 @router.get(
@@ -57,8 +59,8 @@ async def openai_models(request: Request) -> OpenAIModels:
 )
 async def openai_model(request: Request, name: str) -> OpenAIModel:
     """One served model, as OpenAI shows its own."""
-    return _openai(request.app.state.registry[name].info)
+    return _openai(request.app.state.registry[name].info, name)
 
 
-def _openai(info: ModelInfo) -> OpenAIModel:
-    return OpenAIModel(id=info.name, object="model", created=info.created, owned_by=info.owned_by)
+def _openai(info: ModelInfo, name: str) -> OpenAIModel:
+    return OpenAIModel(id=name, object="model", created=info.created, owned_by=info.owned_by)

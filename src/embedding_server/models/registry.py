@@ -46,6 +46,7 @@ class Registry:
         self._models_dir = models_dir
         self._hf_token = hf_token
         self._engines: dict[str, Engine] = {}
+        self._by_name: dict[str, Engine] = {}
         self._loaded = False
         self._threads_loading = 0
         self._cores = Cores(options.threads, timeout=options.inference_timeout)
@@ -73,9 +74,21 @@ class Registry:
                 continue
             engine.start()
             self._engines[spec.served_name] = engine
+            self._add_names(spec, engine)
         if not self._engines:
             raise ModelUnavailable("No model can be served; the warnings above say why.")
         self._loaded = True
+
+    def _add_names(self, spec: ModelSpec, engine: Engine) -> None:
+        """Let every name of ``spec`` find its ``engine``, but for those that another model has."""
+        others = [other for other in self._specs if other is not spec]
+        names = [spec.served_name, *spec.hub_ids(engine.info.revision)]
+        if spec.repo and all(spec.name != other.name for other in others):
+            names.append(spec.name)
+        served = {other.served_name for other in others}
+        for name in names:
+            if name not in served:
+                self._by_name.setdefault(name, engine)
 
     def _load_one(self, spec: ModelSpec) -> Engine:
         self._threads_loading += 1
@@ -156,9 +169,10 @@ class Registry:
     def __getitem__(self, name: str) -> Engine:
         """The engine of the served model ``name``, as soon as it is loaded.
 
+        ``name`` is what it is served as, its catalog name, its hub id, or that with a revision.
         Raises NotReady while it may still come, ModelNotFound for any other name.
         """
-        engine = self._engines.get(name)
+        engine = self._by_name.get(name)
         if engine is not None:
             return engine
         if not self._loaded and name in (spec.served_name for spec in self._specs):

@@ -45,6 +45,16 @@ class ModelSpec:
         """``org/name`` or ``org/name@revision``, as `parse_spec` takes it."""
         return f"{self.repo}@{self.revision}" if self.revision else str(self.repo)
 
+    def hub_ids(self, commit: str | None) -> tuple[str, ...]:
+        """``org/name``, and with ``@`` the revision asked for and the ``commit`` found.
+
+        Empty for a folder.
+        """
+        if self.repo is None:
+            return ()
+        revisions = [revision for revision in (self.revision, commit) if revision]
+        return (self.repo, *(f"{self.repo}@{revision}" for revision in revisions))
+
     @property
     def title(self) -> str:
         """The name, and what it stands for."""

@@ -134,6 +134,7 @@ def test_every_exception_has_a_status() -> None:
         400: ["InvalidRequest", "ContextLengthExceeded"],
         401: ["Unauthenticated"],
         404: ["ModelNotFound"],
+        409: ["FingerprintMismatch"],
         413: ["BodyTooLarge"],
         415: ["UnsupportedContent"],
         429: ["Overloaded"],

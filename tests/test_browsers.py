@@ -25,7 +25,8 @@ KEYED = {"authorization": f"Bearer {KEY}"}
 PREFLIGHT = {
     "origin": ORIGIN,
     "access-control-request-method": "POST",
-    "access-control-request-headers": "authorization,content-type,x-request-id,x-request-timeout",
+    "access-control-request-headers": "authorization,content-type,x-request-id,x-request-timeout,"
+    "x-embedding-fingerprint",
 }
 EMBED = {"model": "tiny", "input": "river"}
 
@@ -104,7 +105,8 @@ def test_an_answer_can_be_read_by_its_page(open_to_pages: httpx.Client) -> None:
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] == ORIGIN
     exposed = answer.headers["access-control-expose-headers"].lower().split(", ")
-    assert set(exposed) == {"x-request-id", "x-truncated-inputs", "retry-after"}
+    ours = {"x-request-id", "x-truncated-inputs", "x-embedding-fingerprint"}
+    assert set(exposed) == ours | {"retry-after"}
     assert answer.headers["vary"] == "Origin", "or a cache gives it to another"
 
 

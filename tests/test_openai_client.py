@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from error_shape import error_of
 from in_process import until
 from live import LiveServer, running_server
 from minilm import minilm_folder
@@ -38,8 +39,8 @@ def strict(server: LiveServer) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[LiveServer]:
-    """A server with a key that takes one request at a time."""
-    flags = ("--api-key", KEY, "--max-concurrent-requests", "1")
+    """A server with a key that takes one request at a time, and token ids everywhere."""
+    flags = ("--api-key", KEY, "--max-concurrent-requests", "1", "--openai-token-ids")
     with running_server("--model", MODEL, *flags) as live:
         yield live
 
@@ -68,16 +69,40 @@ def test_one_text(client: OpenAI, golden: Golden) -> None:
     assert np.abs(np.array(answer.data[0].embedding) - expected[0]).max() < 1e-5
 
 
-def test_token_ids(client: OpenAI, golden: Golden) -> None:
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_token_ids(narrow: LiveServer, golden: Golden, prefix: str) -> None:
     texts, expected = golden[0][:8], golden[1][:8]
     tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
     tokenizer.no_padding()
     ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    answer = client.embeddings.create(model=MODEL, input=ids)
+    with OpenAI(base_url=narrow.url + prefix, api_key=KEY, max_retries=0) as client:
+        answer = client.embeddings.create(model=MODEL, input=ids)
+        one = client.embeddings.create(model=MODEL, input=ids[0])
     vectors = np.array([item.embedding for item in answer.data])
     assert np.abs(vectors - expected).max() < 1e-5
-    one = client.embeddings.create(model=MODEL, input=ids[0])
     assert one.data[0].embedding == pytest.approx(vectors[0], abs=1e-6)
+
+
+# "the cat" by cl100k_base: each id is a word of this model's vocabulary, too.
+FOREIGN_IDS = [1820, 8415]
+
+
+@pytest.mark.parametrize("input", [FOREIGN_IDS, [FOREIGN_IDS], [FOREIGN_IDS] * 3])
+def test_token_ids_of_openais_models_are_refused(strict: OpenAI, input: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        strict.embeddings.create(model=MODEL, input=input)
+    assert caught.value.param == "input"
+    for hint in ("Send text", "check_embedding_ctx_length=False", "--openai-token-ids"):
+        assert hint in caught.value.message
+
+
+def test_a_body_as_langchain_sends_it(server: LiveServer) -> None:
+    """``OpenAIEmbeddings(model=MODEL).embed_query("the cat")``, and with the hint's option."""
+    langchain = {"input": [FOREIGN_IDS], "model": MODEL, "encoding_format": "base64"}
+    error = error_of(httpx.post(server.url + "/openai/v1/embeddings", json=langchain), 400)
+    assert "check_embedding_ctx_length=False" in error["message"]
+    hinted = {**langchain, "input": ["the cat"]}
+    assert httpx.post(server.url + "/openai/v1/embeddings", json=hinted).status_code == 200
 
 
 def test_models(strict: OpenAI) -> None:

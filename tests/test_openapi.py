@@ -25,8 +25,8 @@ KEYED = {"authorization": f"Bearer {KEY}"}
 ROUTERS = (embeddings.router, models.router, health.router)
 METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace")
 ERRORS = {
-    "/v1/embeddings": {400, 401, 404, 408, 413, 415, 429, 500, 503, 504},
-    "/openai/v1/embeddings": {400, 401, 404, 408, 413, 415, 429, 500, 503, 504},
+    "/v1/embeddings": {400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504},
+    "/openai/v1/embeddings": {400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504},
     "/v1/models": {401, 503},
     "/openai/v1/models": {401, 503},
     "/v1/models/{name}": {401, 404, 503},
@@ -249,9 +249,17 @@ def test_it_lists_the_errors_of_each_route(document: dict[str, Any]) -> None:
     assert told == ERRORS
     for _, _, operation in operations(document):
         for status, response in operation["responses"].items():
-            headers = set(response["headers"]) - {"x-request-id", "x-truncated-inputs"}
+            of_answers = {"x-request-id", "x-truncated-inputs", "x-embedding-fingerprint"}
+            headers = set(response["headers"]) - of_answers
             special = {"401": {"WWW-Authenticate"}, "429": {"Retry-After"}, "503": {"Retry-After"}}
             assert headers == special.get(status, set())
+
+
+def test_embeddings_routes_document_the_fingerprint(document: dict[str, Any]) -> None:
+    for path, _, operation in operations(document):
+        sent = "x-embedding-fingerprint" in {p["name"] for p in operation["parameters"]}
+        answered = "x-embedding-fingerprint" in operation["responses"]["200"]["headers"]
+        assert sent is answered is path.endswith("/embeddings")
 
 
 @pytest.mark.parametrize(
@@ -330,6 +338,7 @@ def test_the_served_document_is_the_applications(document: dict[str, Any]) -> No
 # The document and real answers
 
 EMBED = {"model": MODEL, "input": ["iPhone", "word " * 300]}
+UNLIKE_ANY = {"x-embedding-fingerprint": "unlike any"}
 
 
 @pytest.mark.parametrize(
@@ -359,6 +368,9 @@ EMBED = {"model": MODEL, "input": ["iPhone", "word " * 300]}
         (401, "get", "/metrics", {"headers": {"authorization": "Bearer x"}}),
         (404, "post", "/v1/embeddings", {"json": {"model": "x", "input": "a"}}),
         (404, "post", "/openai/v1/embeddings", {"json": {"model": "x", "input": "a"}}),
+        (409, "post", "/v1/embeddings", {"json": EMBED, "headers": UNLIKE_ANY}),
+        (409, "get", "/v1/embeddings", {"json": EMBED, "headers": UNLIKE_ANY}),
+        (409, "post", "/openai/v1/embeddings", {"json": EMBED, "headers": UNLIKE_ANY}),
         (413, "post", "/v1/embeddings", {"json": {"model": MODEL, "input": "a" * 100_000}}),
         (415, "post", "/v1/embeddings", {"data": {"model": MODEL, "input": "a"}}),
         (415, "post", "/openai/v1/embeddings", {"data": {"model": MODEL, "input": "a"}}),

@@ -10,6 +10,7 @@
     │   ├── BodyTooLarge              the request's body is over the limit
     │   ├── BodyTooSlow               the request's body takes too long to come
     │   ├── UnsupportedContent        the body is not plain JSON
+    │   ├── FingerprintMismatch       the client's stored vectors are of another model
     │   └── Unauthenticated           a key is needed, and none or a wrong one came
     ├── Overloaded                    the queue is full; says when to come back
     ├── DeadlineExceeded              the time that the client gave its request is over
@@ -32,6 +33,7 @@ __all__ = [
     "ContextLengthExceeded",
     "DeadlineExceeded",
     "EmbeddingServerError",
+    "FingerprintMismatch",
     "InferenceFailed",
     "InferenceTimedOut",
     "InvalidRequest",
@@ -106,6 +108,12 @@ class BodyTooSlow(InvalidRequest):
 
 class UnsupportedContent(InvalidRequest):
     """The request's body is not plain JSON."""
+
+
+class FingerprintMismatch(InvalidRequest):
+    """The client's stored vectors and those of the served model do not match."""
+
+    default_code = "fingerprint_mismatch"
 
 
 class Unauthenticated(InvalidRequest):

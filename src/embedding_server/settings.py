@@ -238,6 +238,12 @@ class Settings(BaseSettings):
     api_key_file: Path | None = _setting(
         None, "file of such keys, one a line, # for remarks; read again at SIGHUP", _SERVE
     )
+    openai_token_ids: bool = _setting(
+        False,
+        "take token ids under /openai/v1, too: they must be the model's, and many clients send "
+        "those of OpenAI's models",
+        _SERVE,
+    )
     metrics_public: bool = _setting(False, "answer /metrics without a key, too", _SERVE)
     tls_cert: Path | None = _setting(
         None, "PEM file of a certificate to serve HTTPS with, and its chain; read again at SIGHUP",

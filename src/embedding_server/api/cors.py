@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from embedding_server.api.errors import ErrorAnswer
+from embedding_server.api.fingerprint import FINGERPRINT_HEADER
 from embedding_server.errors import ConfigurationError
 
 __all__ = ["Cors"]
@@ -37,7 +38,12 @@ class Cors(CORSMiddleware):
             # Any: Authorization, Content-Type and ours, but OpenAI's client sends a dozen of its
             # own, too. What a page may do depends on its key, never on a cookie.
             allow_headers=("*",),
-            expose_headers=("x-request-id", "x-truncated-inputs", "Retry-After"),
+            expose_headers=(
+                "x-request-id",
+                "x-truncated-inputs",
+                "Retry-After",
+                FINGERPRINT_HEADER,
+            ),
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from embedding_server.api.fingerprint import FINGERPRINT_HEADER
 from embedding_server.api.schemas import EmbeddingsRequest, ErrorResponse, OpenAIEmbeddingsRequest
 from embedding_server.settings import Settings
 
@@ -18,6 +19,7 @@ ERROR_REASONS = {
     401: "An API key is set, and the request has none or a wrong one.",
     404: "No such model is served; the message lists the served ones.",
     408: "The body did not come in time.",
+    409: "The stored vectors that `x-embedding-fingerprint` names are of another model.",
     413: "The body is over the limit.",
     415: "The body is not plain JSON.",
     429: "The queue is full; `Retry-After` says when to come back, in seconds.",
@@ -70,6 +72,15 @@ _REQUEST_TIMEOUT = {
     "schema": {"type": "number", "exclusiveMinimum": 0},
 }
 
+_FINGERPRINT = {
+    "name": FINGERPRINT_HEADER,
+    "in": "header",
+    "required": False,
+    "description": "the fingerprint of the model that made the stored vectors; the answer is a 409 "
+    "if the served model has another one. Token ids are then taken on every route.",
+    "schema": {"type": "string"},
+}
+
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The ``responses`` of a route that can answer these errors."""
@@ -84,10 +95,10 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def json_body(schema: type[OpenAIEmbeddingsRequest]) -> dict[str, Any]:
-    """``openapi_extra`` of a route that reads ``schema`` and a deadline by itself."""
+    """``openapi_extra`` of a route that reads ``schema`` and its own headers by itself."""
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
     body = {"required": True, "content": content}
-    return {"requestBody": body, "parameters": [_REQUEST_TIMEOUT]}
+    return {"requestBody": body, "parameters": [_REQUEST_TIMEOUT, _FINGERPRINT]}
 
 
 def use_own_openapi(app: FastAPI, *, prefix: str = "") -> None:

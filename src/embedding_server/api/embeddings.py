@@ -15,6 +15,7 @@ from embedding_server.api.deadline import within_deadline
 from embedding_server.api.documentation import errors, json_body
 from embedding_server.api.encoding import encode_embeddings
 from embedding_server.api.extent import check_extent
+from embedding_server.api.fingerprint import FINGERPRINT_HEADER, knows_model
 from embedding_server.api.middleware import Endpoint
 from embedding_server.api.record import record_of
 from embedding_server.api.schemas import (
@@ -42,16 +43,22 @@ _INLINE_BYTES = 256 * 1024
 # Up to here an answer is serialised in well under a millisecond, in the event loop.
 _INLINE_VALUES = 32 * 1024
 
-_ERRORS = errors(400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
+_ERRORS = errors(400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 
 
 def _responses(schema: type[Any]) -> dict[int | str, dict[str, Any]]:
-    header = {
-        "description": "how many inputs were cut to the model's length; only there if any was",
-        "schema": {"type": "integer"},
+    headers = {
+        "x-truncated-inputs": {
+            "description": "how many inputs were cut to the model's length; only there if any was",
+            "schema": {"type": "integer"},
+        },
+        FINGERPRINT_HEADER: {
+            "description": "the model's fingerprint: changes whenever stored vectors would no "
+            "longer match",
+            "schema": {"type": "string"},
+        },
     }
-    ok = {"model": schema, "headers": {"x-truncated-inputs": header}}
-    return {200: ok, **_ERRORS}
+    return {200: {"model": schema, "headers": headers}, **_ERRORS}
 
 
 @router.post(
@@ -177,6 +184,15 @@ async def _answer(
     engine = registry[query.model]
     record.model = engine.info.name
     record.inputs = len(query.input)
+    takes_ids = knows_model(request, engine.info) or not openai or settings.openai_token_ids
+    if not takes_ids and not isinstance(query.input[0], str):
+        raise InvalidRequest(
+            "'input' holds token ids, which are not taken here: most clients send those of "
+            "OpenAI's models, and their vectors would be wrong. Send text instead; in LangChain's "
+            "OpenAIEmbeddings set check_embedding_ctx_length=False. Where clients have the ids of "
+            "this model's own tokenizer, start the server with --openai-token-ids.",
+            param="input",
+        )
     if len(query.input) > settings.max_client_batch_size:
         raise InvalidRequest(
             f"'input' has {len(query.input)} inputs; at most {settings.max_client_batch_size} are "
@@ -196,5 +212,7 @@ async def _answer(
 
     small = result.vectors.size <= _INLINE_VALUES
     content = encode() if small else await asyncio.to_thread(encode)
-    headers = {"x-truncated-inputs": str(result.truncated)} if result.truncated else None
+    headers = {FINGERPRINT_HEADER: engine.info.fingerprint}
+    if result.truncated:
+        headers["x-truncated-inputs"] = str(result.truncated)
     return Response(content, media_type="application/json", headers=headers)

@@ -36,6 +36,7 @@ async def model(request: Request, name: str) -> ModelDetails:
         backend=info.backend,
         revision=info.revision,
         sha256=info.sha256,
+        fingerprint=info.fingerprint,
     )
 
 

@@ -82,9 +82,11 @@ def _json_type(value: object) -> str:
 
 _INPUT_SCHEMA = {
     "title": "Input",
-    "description": "What to embed: one text, several, or the model's own token ids without "
-    "special tokens. Ids of another tokenizer give a wrong vector: LangChain's OpenAIEmbeddings "
-    "sends such ids unless check_embedding_ctx_length=False.",
+    "description": "What to embed: one text, several, or the model's own token ids, with "
+    "all special tokens of its template or without any. Ids of another tokenizer give a wrong "
+    "vector, and LangChain's OpenAIEmbeddings sends such ids unless "
+    "check_embedding_ctx_length=False: under /openai/v1 ids are taken only with "
+    "--openai-token-ids, or if x-embedding-fingerprint shows that the client knows the model.",
     "oneOf": [
         {"type": "string"},
         {"type": "array", "items": {"type": "string"}, "minItems": 1},
@@ -110,7 +112,10 @@ class _Request(BaseModel):
 class OpenAIEmbeddingsRequest(_Request):
     """What OpenAI documents for ``POST /embeddings``."""
 
-    model: str = Field(description="one of the served models", examples=["all-MiniLM-L6-v2"])
+    model: str = Field(
+        description="a served model: its name, its hub id, or that id with @revision",
+        examples=["all-MiniLM-L6-v2"],
+    )
     input: Annotated[Any, BeforeValidator(_inputs), WithJsonSchema(_INPUT_SCHEMA)]
     encoding_format: Literal["float", "base64"] | None = Field(
         None, description="float: a list of numbers (default); base64: of the little-endian values"
@@ -221,6 +226,7 @@ class ModelDetails(OpenAIModel):
     backend: str
     revision: str | None
     sha256: str | None = Field(description="of model.safetensors")
+    fingerprint: str = Field(description="changes whenever stored vectors would no longer match")
 
 
 class ServerStatus(_Answer):

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import socket
 import ssl
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self
 
@@ -21,9 +22,11 @@ from embedding_server.settings import Settings
 __all__ = [
     "FIELD_BYTES",
     "MAX_HEADER_BYTES",
+    "PROBE_SECONDS",
     "SERVERS",
     "AsgiServer",
     "ServerOptions",
+    "head_fault",
     "refusal",
     "server_class",
 ]
@@ -42,10 +45,24 @@ MAX_HEADER_BYTES = 32 * 1024
 FIELD_BYTES = 4
 """What a header field has beside its name and value: a colon, a space and the line's end."""
 
+PROBE_SECONDS = 0.1
+"""When a client that has closed its sending half is first asked whether it still reads.
+
+It is sent an answer of status 100, which it must take (RFC 9110, section 15.2); if it has hung up,
+its system refuses that, and so the next one fails. Each time the wait is twice as long.
+"""
+
+# RFC 3986, section 3.2.2, and the zones that some clients leave in IPv6 addresses.
+_HOST = re.compile(
+    rb"(?:\[[0-9A-Za-z:.%_~-]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?"
+)
+
 _REASONS = {
-    400: "This is not a valid HTTP/1.1 request.",
+    400: "This is not a valid HTTP/1.1 request: it needs a request line, fields that are well "
+    "formed, among them one Host that names a host, and a body with one length.",
     408: "The request's header did not come in time.",
     431: f"The request's header is over the limit of {MAX_HEADER_BYTES} bytes.",
+    505: "This version of HTTP is not spoken here: send the request in HTTP/1.1.",
 }
 _REFUSALS = {
     status: bytes(ErrorAnswer(status, reason, "invalid_request_error").body)
@@ -115,8 +132,21 @@ def server_class(name: str) -> type[AsgiServer]:
     return loaded
 
 
+def head_fault(version: str, headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    """The status that refuses a request of HTTP/1 by its version or its Host, or None.
+
+    Names of ``headers`` are in small letters. See RFC 9112, sections 2.3 and 3.2.
+    """
+    if version not in ("1.1", "1.0"):
+        return 505
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1 or (not hosts and version == "1.1"):
+        return 400
+    return None if all(map(_HOST.fullmatch, hosts)) else 400
+
+
 def refusal(status: int) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Headers and body of the answer to what is no request: 400, 408 or 431; the log has its id."""
+    """Headers and body of the answer to what is no request, or none for us; the log has its id."""
     request_id = uuid.uuid4().hex
     body = _REFUSALS[status]
     logger.info("not HTTP", extra={"fields": {"id": request_id, "status": status}})

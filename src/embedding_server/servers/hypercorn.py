@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import socket
 import ssl
 from collections.abc import Callable
@@ -20,12 +21,19 @@ from h2.events import DataReceived, RequestReceived
 from hypercorn.asyncio import serve
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event, Updated
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from starlette.types import ASGIApp
 
-from embedding_server.servers.base import FIELD_BYTES, MAX_HEADER_BYTES, ServerOptions, refusal
+from embedding_server.servers.base import (
+    FIELD_BYTES,
+    MAX_HEADER_BYTES,
+    PROBE_SECONDS,
+    ServerOptions,
+    head_fault,
+    refusal,
+)
 
 try:
     from uvloop import new_event_loop
@@ -35,6 +43,11 @@ except ImportError:  # there is none for Windows
 __all__ = ["HypercornServer"]
 
 _UNLIMITED = 2**31
+
+_READ_BYTES = 2**16
+
+_ORIGIN = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
+"""What a target in the absolute form begins with (RFC 9112, section 3.2.2)."""
 
 
 class HypercornServer:
@@ -101,11 +114,22 @@ class _Config(Config):
 
 
 class _Connection(TCPServer):
-    """Gives up a client that doesn't read its answer."""
+    """Gives up a client that doesn't read its answer; answers one that has only half closed."""
 
     async def run(self) -> None:
         self._task = asyncio.current_task()
         await super().run()
+
+    async def _read_data(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := await self.reader.read(_READ_BYTES):
+                await self.protocol.handle(RawData(data))
+            await self.protocol.handle(RawData(b""))
+            http = self.protocol.protocol
+            if isinstance(http, _Http1) and not http.ssl:  # asyncio closes all of it over TLS
+                await http.answer_half_closed()
+        await self.protocol.handle(Closed())
+        await self.idle_task.stop()  # or it would keep the connection until it is over
 
     async def protocol_send(self, event: Event) -> None:
         assert self._task is not None
@@ -122,8 +146,36 @@ class _Connection(TCPServer):
 class _Http1(H11Protocol):
     """Answers nonsense in our error shape, and offers of anything but HTTP/2 in HTTP/1.1."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._answered = asyncio.Event()
+
+    async def answer_half_closed(self) -> None:
+        """Wait until a request that came whole is answered, or its client has hung up."""
+        self._answered.clear()
+        seconds = PROBE_SECONDS
+        while self.stream is not None and self.connection.their_state is h11.CLOSED:
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._answered.wait()
+            except TimeoutError:
+                await self._probe()
+                seconds *= 2
+
+    async def _probe(self) -> None:
+        """See ``PROBE_SECONDS``; HTTP/1.0 has no such answer."""
+        assert isinstance(self.connection, h11.Connection)
+        unanswered = self.connection.our_state is h11.SEND_RESPONSE
+        if unanswered and self.connection.their_http_version == b"1.1":
+            probe = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+            await self._send_h11_event(probe)
+
+    async def _close_stream(self) -> None:
+        await super()._close_stream()
+        self._answered.set()
+
     async def _send_error_response(self, status_code: int) -> None:
-        status = 431 if status_code == 431 else 400
+        status = status_code if status_code in (431, 505) else 400
         headers, body = refusal(status)
         await self._send_h11_event(h11.Response(status_code=status, headers=headers))
         await self._send_h11_event(h11.Data(data=body))
@@ -135,6 +187,10 @@ class _Http1(H11Protocol):
             # A proxy may believe the other one, and take the rest for a request of its own.
             await self._refuse(400)
             return
+        fault = head_fault(request.http_version.decode("ascii"), request.headers)
+        if fault is not None:
+            await self._refuse(fault)
+            return
         fields = (len(name) + len(value) + FIELD_BYTES for name, value in request.headers)
         if len(request.target) + sum(fields) > MAX_HEADER_BYTES:  # which came at once
             await self._refuse(431)
@@ -144,17 +200,22 @@ class _Http1(H11Protocol):
             # HTTP/2 would have been taken by now. As long as h11 waits for an answer to an offer,
             # hypercorn doesn't read, and so doesn't hear the client hang up.
             offers.clear()
-            request = h11.Request(
-                method=request.method,
-                target=request.target,
-                http_version=request.http_version,
-                headers=[header for header in request.headers if header[0] != b"upgrade"],
-            )
+            headers = [header for header in request.headers if header[0] != b"upgrade"]
+            request = _replace(request, headers=headers)
+        if origin := _ORIGIN.match(request.target):
+            path = request.target[origin.end() :]
+            request = _replace(request, target=path if path[:1] == b"/" else b"/" + path)
         await super()._create_stream(request)
 
     async def _refuse(self, status: int) -> None:
         await self._send_error_response(status)
         await self.send(Closed())
+
+
+def _replace(request: h11.Request, **fields: Any) -> h11.Request:
+    names = ("method", "target", "headers", "http_version")
+    kept: dict[str, Any] = {name: getattr(request, name) for name in names}
+    return h11.Request(**(kept | fields))
 
 
 class _Http2(H2Protocol):

@@ -19,7 +19,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from embedding_server.servers.base import (
     FIELD_BYTES,
     MAX_HEADER_BYTES,
+    PROBE_SECONDS,
     ServerOptions,
+    head_fault,
     refusal,
 )
 
@@ -31,6 +33,8 @@ _CUT_SECONDS = 1
 
 _TE = b"transfer-encoding"
 _TE_LENGTH = len(_TE)
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class UvicornServer:
@@ -120,7 +124,8 @@ class _Server(uvicorn.Server):
 class _Http1(HttpToolsProtocol):
     """HTTP/1.1 for clients that are slow, greedy or confused, and for those that offer HTTP/2.
 
-    A header that is too long or takes too long is refused, a connection that is idle or doesn't
+    A client that sends a whole request and closes its sending half is answered. A header that is
+    too long or takes too long is refused, a connection that is idle or doesn't
     read its answer is closed, and nonsense is answered in our error shape. Fields that come after
     a body are dropped, as RFC 9110 (section 6.5.1) asks: they would else pass for headers. A client
     that offers another protocol is answered in HTTP/1.1: Java's HttpClient offers HTTP/2 with every
@@ -138,8 +143,10 @@ class _Http1(HttpToolsProtocol):
         self._unread_bytes = 0  # raw, of a header or of the fields after a body
         self._after_body = False  # or between a chunk's length and the chunk
         self._refused = False
+        self._half_closed = False
         self._head_timer = _Timer(self.loop)
         self._unread_timer = _Timer(self.loop)
+        self._probe_timer = _Timer(self.loop)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -152,6 +159,23 @@ class _Http1(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._head_timer.stop()
         self._unread_timer.stop()
+        self._probe_timer.stop()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether to keep the connection: while there is a whole request to be answered.
+
+        asyncio can't keep one that is half closed over TLS.
+        """
+        cycle = self.cycle
+        ended = cycle is None or cycle.response_complete or cycle.more_body
+        if self.scheme == "https" or (ended and not self.pipeline):
+            return False
+        if not self._half_closed:  # it may be heard again after a pause in reading
+            self._half_closed = True
+            cycle.keep_alive = False
+            self._head_timer.stop()
+            self._probe_timer.start(PROBE_SECONDS, self._probe, PROBE_SECONDS)
+        return True
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -167,8 +191,9 @@ class _Http1(HttpToolsProtocol):
                     return
                 data = self._head_without_offer() + data[offer.args[0] :]
                 self.parser = httptools.HttpRequestParser(self)
-            except httptools.HttpParserError:
-                self._refuse(431 if self._head_bytes > MAX_HEADER_BYTES else 400)
+            except httptools.HttpParserError as error:
+                cause = error.__context__  # what a callback has raised
+                self._refuse(cause.status if isinstance(cause, _RefusedError) else 400)
                 return
         if self._in_head:
             self._await_head(size)
@@ -191,7 +216,7 @@ class _Http1(HttpToolsProtocol):
             return
         self._count_head(len(name) + len(value) + FIELD_BYTES)
         if len(name) == _TE_LENGTH and name.lower() == _TE and value.lower() != b"chunked":
-            raise ValueError("a coding that nobody undoes")
+            raise _RefusedError(400)  # a coding that nobody undoes
         super().on_header(name, value)
 
     def on_chunk_header(self) -> None:
@@ -207,13 +232,18 @@ class _Http1(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
         self._head_timer.stop()
+        fault = head_fault(self.parser.get_http_version(), self.headers)
+        if fault is not None:
+            raise _RefusedError(fault)
+        self._in_head = False
         super().on_headers_complete()
         if self.config.draining and self.cycle is not None:
             self.cycle.keep_alive = False
 
     def on_response_complete(self) -> None:
+        if self._half_closed and self.pipeline and self.pipeline[-1][0].more_body:
+            self.transport.close()  # the rest of that request never comes
         super().on_response_complete()
         if self.transport.is_closing() and self.transport.get_write_buffer_size():
             self._await_reader()
@@ -245,13 +275,21 @@ class _Http1(HttpToolsProtocol):
     def _count_head(self, size: int) -> None:
         self._head_bytes += size
         if self._head_bytes > MAX_HEADER_BYTES:
-            raise ValueError("the header is too large")
+            raise _RefusedError(431)
 
     def _count_unread(self, size: int) -> None:
         """The parser keeps a field, however long it is, until its end has come."""
         self._unread_bytes += size
         if self._unread_bytes > MAX_HEADER_BYTES:
             self._refuse(431)
+
+    def _probe(self, seconds: float) -> None:
+        """See ``PROBE_SECONDS``; HTTP/1.0 has no such answer."""
+        cycle = self.cycle
+        unanswered = not self.pipeline and not cycle.response_started
+        if unanswered and cycle.scope["http_version"] == "1.1":
+            self.transport.write(_CONTINUE)
+        self._probe_timer.start(2 * seconds, self._probe, 2 * seconds)
 
     def _await_reader(self) -> None:
         if not self._unread_timer.running:
@@ -290,6 +328,14 @@ class _Http1(HttpToolsProtocol):
         lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
         lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
         return b"\r\n".join([*lines, b"", b""])
+
+
+class _RefusedError(Exception):
+    """Raised in a callback of the parser, which wraps it."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class _Timer:

@@ -90,12 +90,27 @@ def test_json_near_a_request(value: Any, indent: int | None, ascii_only: bool, c
 @fuzz
 @given(
     pairs=st.lists(
-        st.tuples(st.sampled_from(FIELDS), st.sampled_from(["a", "input", ["a"], [1], None, 1])),
+        st.tuples(
+            st.sampled_from(FIELDS),
+            st.sampled_from(["a", "input", '"input": ', ":)", "\\", ["a"], [1], None, 1]),
+            st.integers(-1, 6),
+            st.sampled_from([": ", ":", " :", "\r\n\t : "]),
+        ),
         max_size=6,
     )
 )
-def test_fields_again(pairs: list[tuple[str, object]]) -> None:
-    rows = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in pairs]
+def test_fields_again(pairs: list[tuple[str, object, int, str]]) -> None:
+    """Of each key, one character may be spelt as an escape."""
+
+    def spelt(name: str, place: int) -> str:
+        escaped = (
+            f"\\u{ord(char):04x}" if index == place else char for index, char in enumerate(name)
+        )
+        return f'"{"".join(escaped)}"'
+
+    rows = [
+        f"{spelt(name, place)}{colon}{json.dumps(value)}" for name, value, place, colon in pairs
+    ]
     check_body(("{" + ", ".join(rows) + "}").encode())
     check_body(('{"model": "a", "input": "b"' + "".join(", " + row for row in rows) + "}").encode())
 

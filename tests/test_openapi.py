@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fastapi.routing import APIRoute
+from in_process import serving
 from live import LiveServer, running_server
 from pydantic import BaseModel
 
@@ -27,14 +29,14 @@ METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace")
 ERRORS = {
     "/v1/embeddings": {400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504},
     "/openai/v1/embeddings": {400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504},
-    "/v1/models": {401, 503},
-    "/openai/v1/models": {401, 503},
-    "/v1/models/{name}": {401, 404, 503},
-    "/openai/v1/models/{name}": {401, 404, 503},
-    "/health/live": {503},
-    "/health/ready": {503},
-    "/health": {503},
-    "/metrics": {401},
+    "/v1/models": {400, 401, 503},
+    "/openai/v1/models": {400, 401, 503},
+    "/v1/models/{name}": {400, 401, 404, 503},
+    "/openai/v1/models/{name}": {400, 401, 404, 503},
+    "/health/live": {400, 503},
+    "/health/ready": {400, 503},
+    "/health": {400, 503},
+    "/metrics": {400, 401},
 }
 TYPES: dict[str, tuple[type, ...]] = {
     "null": (type(None),),
@@ -227,6 +229,20 @@ def test_keys_are_told(document: dict[str, Any]) -> None:
             assert operation["security"] == [{}, {"key": []}], "without a key set all may come"
 
 
+@pytest.mark.parametrize("keys", [(), (KEY,)], ids=["without-keys", "with-keys"])
+def test_public_metrics_need_no_key(keys: tuple[str, ...], tiny_model: Path) -> None:
+    with serving(model=(str(tiny_model),), api_key=keys, metrics_public=True) as server:
+        metrics = httpx.get(f"{server.url}/metrics")
+        served = httpx.get(f"{server.url}/openapi.json", headers=KEYED).json()
+        assert undocumented(served, "get", "/metrics", metrics) is None
+    assert metrics.status_code == 200
+    operation = served["paths"]["/metrics"]["get"]
+    assert "security" not in operation
+    assert "401" not in operation["responses"]
+    others = [served["paths"][path]["get"]["security"] for path in ("/v1/models", "/v1/embeddings")]
+    assert others == [[{"key": []}] if keys else [{}, {"key": []}]] * 2
+
+
 # The document and the application
 
 
@@ -361,6 +377,10 @@ UNLIKE_ANY = {"x-embedding-fingerprint": "unlike any"}
         (400, "post", "/v1/embeddings", {"json": {**EMBED, "truncate": False}}),
         (400, "get", "/v1/embeddings", {}),
         (400, "post", "/openai/v1/embeddings", {"json": {**EMBED, "truncate": False}}),
+        *(
+            (400, "get", path, {"headers": [("x-request-id", "a"), ("x-request-id", "b")]})
+            for path in ("/v1/models", "/v1/models/{name}", "/health/live", "/metrics")
+        ),
         (401, "post", "/v1/embeddings", {"headers": {"authorization": ""}}),
         (401, "post", "/openai/v1/embeddings", {"headers": {"authorization": ""}}),
         (401, "get", "/v1/models", {"headers": {"authorization": "Bearer x"}}),

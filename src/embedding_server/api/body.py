@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
-from starlette.types import Message
+from starlette.types import Message, Scope
 
+from embedding_server.api.headers import single_header
 from embedding_server.errors import (
     BodyTooLarge,
     BodyTooSlow,
@@ -99,9 +100,10 @@ class Body:
     async def read(self, request: Request) -> bytes:
         """The whole body.
 
-        Raises UnsupportedContent for anything but plain JSON, BodyTooLarge once more bytes than
-        a body may have are announced or have come, BodyTooSlow when it takes too long, and
-        Overloaded when other bodies leave no room for it.
+        Raises InvalidRequest for a header that is there twice, UnsupportedContent for anything
+        but plain JSON, BodyTooLarge once more bytes than a body may have are announced or have
+        come, BodyTooSlow when it takes too long, and Overloaded when other bodies leave no room
+        for it.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -116,11 +118,9 @@ class Body:
             self._bodies.leave(task)
 
     async def _read(self, request: Request) -> bytes:
-        # Of two equal ones the first, as everywhere.
-        headers: dict[bytes, bytes] = dict(reversed(request.scope["headers"]))
-        _check_type(headers)
+        _check_type(request.scope)
         limit = self._bodies.max_body_bytes
-        announced = _announced(headers)
+        announced = _announced(request.scope)
         if announced > limit:
             raise _too_large(limit)
         if announced > _SHORT:
@@ -166,23 +166,25 @@ class Body:
         self._held = 0
 
 
-def _check_type(headers: Mapping[bytes, bytes]) -> None:
-    content_type = headers.get(b"content-type", b"application/json").decode("latin-1")
-    media_type = content_type.partition(";")[0].strip().lower()
+def _check_type(scope: Scope) -> None:
+    content_type = single_header(scope, b"content-type")
+    if content_type is None:
+        content_type = b"application/json"
+    media_type = content_type.decode("latin-1").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedContent(
             f"The body must be JSON, not {media_type[:100]}: send the header "
             "'Content-Type: application/json'."
         )
-    if b"content-encoding" in headers:
+    if single_header(scope, b"content-encoding") is not None:
         raise UnsupportedContent(
             "The body must not be compressed: leave out the header 'Content-Encoding'."
         )
 
 
-def _announced(headers: Mapping[bytes, bytes]) -> int:
+def _announced(scope: Scope) -> int:
     """Bytes that the body should have; 0 if nobody says."""
-    length = headers.get(b"content-length", b"")
+    length = single_header(scope, b"content-length") or b""
     return int(length[:20]) if length.isdigit() else 0
 
 

@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from embedding_server.api.errors import ErrorAnswer
+from embedding_server.api.errors import ErrorAnswer, error_answer
 from embedding_server.api.fingerprint import FINGERPRINT_HEADER
-from embedding_server.errors import ConfigurationError
+from embedding_server.api.headers import single_header
+from embedding_server.errors import ConfigurationError, InvalidRequest
 
 __all__ = ["Cors"]
 
 # As a browser serialises it: https://html.spec.whatwg.org/multipage/browsers.html#origin
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([1-9][0-9]{0,4}))?")
+_SINGLE = (b"origin", b"access-control-request-method")
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
@@ -45,6 +47,16 @@ class Cors(CORSMiddleware):
                 FINGERPRINT_HEADER,
             ),
         )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                for name in _SINGLE:
+                    single_header(scope, name)
+            except InvalidRequest as error:
+                await error_answer(error)(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
     def preflight_response(self, request_headers: Headers) -> Response:
         answer = super().preflight_response(request_headers)

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import Request, Response
 
+from embedding_server.api.headers import single_header
 from embedding_server.errors import DeadlineExceeded, InvalidRequest
 
 __all__ = ["DEADLINE_HEADER", "deadline_exceeded", "seconds_given", "within_deadline"]
@@ -30,11 +31,9 @@ def within_deadline(
 
 
 def seconds_given(request: Request) -> float | None:
-    """What the header says, if it is there; raises InvalidRequest if that is no time."""
-    for name, value in request.scope["headers"]:
-        if name == DEADLINE_HEADER:
-            return _seconds(value.decode("latin-1"))
-    return None
+    """What the header says, if it is there; raises InvalidRequest for two, or for no time."""
+    value = single_header(request.scope, DEADLINE_HEADER)
+    return None if value is None else _seconds(value.decode("latin-1"))
 
 
 def deadline_exceeded(seconds: float) -> DeadlineExceeded:

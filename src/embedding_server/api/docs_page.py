@@ -19,6 +19,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
+from embedding_server.api.headers import single_header
 from embedding_server.api.keys import ApiKeys
 from embedding_server.models.registry import Registry
 
@@ -63,7 +64,8 @@ def _base_url(request: Request, document: Mapping[str, Any]) -> str:
     host = request.headers.get("host", "")
     if not _HOST.fullmatch(host):
         host = "localhost:5000"
-    https = "https" in (request.url.scheme, request.headers.get("x-forwarded-proto"))
+    forwarded = single_header(request.scope, b"x-forwarded-proto")
+    https = request.url.scheme == "https" or forwarded == b"https"
     prefix = "".join(server["url"] for server in document.get("servers", ()))
     return f"{'https' if https else 'http'}://{host}{prefix}"
 

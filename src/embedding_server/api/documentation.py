@@ -15,7 +15,7 @@ from embedding_server.settings import Settings
 __all__ = ["ERROR_REASONS", "errors", "json_body", "use_own_openapi"]
 
 ERROR_REASONS = {
-    400: "The request can't be served as it is: the message says which field and why.",
+    400: "The request can't be served as it is: the message says which field or header and why.",
     401: "An API key is set, and the request has none or a wrong one.",
     404: "No such model is served; the message lists the served ones.",
     408: "The body did not come in time.",
@@ -101,6 +101,13 @@ def json_body(schema: type[OpenAIEmbeddingsRequest]) -> dict[str, Any]:
     return {"requestBody": body, "parameters": [_REQUEST_TIMEOUT, _FINGERPRINT]}
 
 
+def _bad_request() -> dict[str, Any]:
+    """What FastAPI makes of ``errors(400)``."""
+    schema = {"$ref": f"#/components/schemas/{ErrorResponse.__name__}"}
+    content = {"application/json": {"schema": schema}}
+    return {"description": ERROR_REASONS[400], "content": content}
+
+
 def use_own_openapi(app: FastAPI, *, prefix: str = "") -> None:
     """Let ``app`` serve a document that is true of what the routes really take and answer.
 
@@ -131,14 +138,20 @@ def _document(app: FastAPI) -> dict[str, Any]:
         schemas[schema.__name__] = schema.model_json_schema()
     settings: Settings = app.state.settings
     keyed = bool(settings.api_key or settings.api_key_file)
+    public = ("/health", "/metrics") if settings.metrics_public else ("/health",)
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["parameters"] = [*operation.get("parameters", ()), _CLIENT_REQUEST_ID]
+            # Every route reads x-request-id, and refuses two.
+            responses = {"400": _bad_request(), **operation["responses"]}
             # Path parameters are any string, so FastAPI's own 422 can't happen.
-            operation["responses"].pop("422", None)
-            for response in operation["responses"].values():
+            responses.pop("422", None)
+            if path.startswith(public):
+                responses.pop("401", None)
+            operation["responses"] = dict(sorted(responses.items()))
+            for response in responses.values():
                 response.setdefault("headers", {}).update(_REQUEST_ID)
-            if not path.startswith("/health"):
+            if not path.startswith(public):
                 operation["security"] = [{"key": []}] if keyed else [{}, {"key": []}]
     return document

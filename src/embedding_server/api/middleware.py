@@ -16,10 +16,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedding_server.api.errors import error_answer, fault_answer
+from embedding_server.api.headers import single_header
 from embedding_server.api.keys import ApiKeys
 from embedding_server.api.record import RequestRecord, record_of
 from embedding_server.engine.stages import Stages
-from embedding_server.errors import EmbeddingServerError, NotReady, Unauthenticated
+from embedding_server.errors import EmbeddingServerError, InvalidRequest, NotReady, Unauthenticated
 from embedding_server.telemetry import Telemetry
 
 if TYPE_CHECKING:  # OpenTelemetry is loaded where it is used only
@@ -52,7 +53,11 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(_request_id(scope))
+        app = self._app
+        try:
+            record = RequestRecord(_request_id(scope))
+        except InvalidRequest as error:
+            record, app = RequestRecord(uuid.uuid4().hex), error_answer(error)
         record.attach(scope)
         started = time.perf_counter()
         if self._tracing is not None:
@@ -72,7 +77,7 @@ class RequestMiddleware:
 
         self._telemetry.in_flight.inc()
         try:
-            await self._app(scope, receive, send_with_id)
+            await app(scope, receive, send_with_id)
         except ClientDisconnect:
             pass
         except asyncio.CancelledError:  # by the server, whose time to drain is over
@@ -208,9 +213,5 @@ class DirectRoutes:
 
 
 def _request_id(scope: Scope) -> str:
-    wanted = _header(scope, b"x-request-id")
-    return wanted.decode("ascii") if _CLIENT_ID.fullmatch(wanted) else uuid.uuid4().hex
-
-
-def _header(scope: Scope, name: bytes) -> bytes:
-    return next((bytes(value) for key, value in scope["headers"] if key == name), b"")
+    wanted = single_header(scope, b"x-request-id")
+    return wanted.decode("ascii") if wanted and _CLIENT_ID.fullmatch(wanted) else uuid.uuid4().hex

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
 import ssl
 import subprocess
 from pathlib import Path
@@ -12,7 +14,7 @@ import httpx
 import pytest
 from in_process import until
 from live import run_cli, running_server
-from raw_http import HEALTH, exchange
+from raw_http import HEALTH, connect, exchange
 
 from embedding_server.servers.base import SERVERS
 
@@ -93,6 +95,32 @@ def test_tls_asks_for_a_client_certificate(certificates: Path) -> None:
             httpx.get(f"{server.url}/health/live", verify=context)
         context.load_cert_chain(certificates / "client.pem", certificates / "client.key")
         assert httpx.get(f"{server.url}/health/live", verify=context).status_code == 200
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_tls_can_not_be_half_closed(certificates: Path, name: str) -> None:
+    """A client that tries has hung up: its work is freed."""
+    arguments = (
+        *("--tls-cert", str(certificates / "server.pem")),
+        *("--tls-key", str(certificates / "server.key"), "--server", name),
+    )
+    texts = [f"{number} " + "a long text " * 60 for number in range(500)]
+    body = json.dumps({"model": MODEL, "input": texts}).encode()
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with running_server("--model", MODEL, *arguments, wait=False) as server:
+        context = ssl.create_default_context(cafile=certificates / "ca.pem")
+        with httpx.Client(base_url=server.url, verify=context) as client:
+            until(lambda: client.get("/health/ready").status_code == 200)
+            with context.wrap_socket(
+                connect(server.url), server_hostname="localhost", suppress_ragged_eofs=True
+            ) as connection:
+                connection.sendall(head + body)
+                taken = f'queue_requests{{model="{MODEL}"}} 1.0'
+                until(lambda: taken in client.get("/metrics").text)
+                connection.shutdown(socket.SHUT_WR)
+                until(lambda: "status=499" in server.log)
+        assert "eof_received" not in server.log
+        assert "Traceback" not in server.log
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ its system refuses that, and so the next one fails. Each time the wait is twice 
 
 # RFC 3986, section 3.2.2, and the zones that some clients leave in IPv6 addresses.
 _HOST = re.compile(
-    rb"(?:\[[0-9A-Za-z:.%_~-]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?"
+    rb"(?:\[[0-9A-Za-z:.%_~-]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]++|%[0-9A-Fa-f]{2})*+)(?::[0-9]*)?"
 )
 
 _REASONS = {
@@ -140,9 +140,9 @@ def head_fault(version: str, headers: Iterable[tuple[bytes, bytes]]) -> int | No
     if version not in ("1.1", "1.0"):
         return 505
     hosts = [value for name, value in headers if name == b"host"]
-    if len(hosts) > 1 or (not hosts and version == "1.1"):
-        return 400
-    return None if all(map(_HOST.fullmatch, hosts)) else 400
+    if len(hosts) == 1:
+        return None if _HOST.fullmatch(hosts[0]) else 400
+    return 400 if hosts or version == "1.1" else None
 
 
 def refusal(status: int) -> tuple[list[tuple[bytes, bytes]], bytes]:

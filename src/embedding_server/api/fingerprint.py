@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from fastapi import Request
 
+from embedding_server.api.headers import single_header
 from embedding_server.engine.info import ModelInfo
-from embedding_server.errors import FingerprintMismatch, InvalidRequest
+from embedding_server.errors import FingerprintMismatch
 
 __all__ = ["FINGERPRINT_HEADER", "knows_model"]
 
@@ -20,15 +21,10 @@ def knows_model(request: Request, info: ModelInfo) -> bool:
 
     Raises FingerprintMismatch if it carries another one, and InvalidRequest if it carries several.
     """
-    values = [value for name, value in request.scope["headers"] if name == _NAME]
-    if not values:
+    value = single_header(request.scope, _NAME)
+    if value is None:
         return False
-    if len(values) > 1:
-        raise InvalidRequest(
-            f"The header {FINGERPRINT_HEADER} is there {len(values)} times; send it once.",
-            param=FINGERPRINT_HEADER,
-        )
-    sent = values[0].decode("latin-1")
+    sent = value.decode("latin-1")
     if sent != info.fingerprint:
         raise FingerprintMismatch(
             f"Your stored vectors, with the fingerprint {sent[:100]!r}, and the model "

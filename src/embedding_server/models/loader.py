@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A model's folder to a running Engine: picks the backend and refuses what can't be exact."""
+"""A model's folder to what computes it: picks the backend and refuses what can't be exact."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from embedding_server.backends.base import Backend, BackendOptions, Pipeline, backend_class
 from embedding_server.backends.head import pooling_modes
-from embedding_server.engine.cores import Cores
-from embedding_server.engine.engine import Engine, Limits
+from embedding_server.backends.weights import Weights
+from embedding_server.engine.engine import Limits
 from embedding_server.engine.info import ModelInfo
-from embedding_server.engine.scheduler import Scheduler
 from embedding_server.engine.tokenizer import Tokenizer, is_panic
 from embedding_server.errors import ConfigurationError, ModelNotSupported
 from embedding_server.models.catalog import CATALOG, CatalogModel
 from embedding_server.models.hub import LocatedModel, sha256_of
 from embedding_server.models.json_files import read_text
 from embedding_server.models.layout import Layout, read_layout
+from embedding_server.models.reference import REFERENCE_FILE, ReferenceVectors
 from embedding_server.models.spec import ModelSpec
 from embedding_server.models.tokenizers import load_static_tokenizer, load_tokenizer
-from embedding_server.telemetry import Telemetry
 
-__all__ = ["LoadOptions", "load_engine"]
+__all__ = ["NO_LIMITS", "LoadOptions", "LoadedModel", "load_model"]
 
 logger = logging.getLogger(__name__)
+
+NO_LIMITS = Limits(max_concurrent_requests=2**31, max_queued_tokens=2**63, max_request_tokens=2**63)
+"""For one caller, who can wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +51,30 @@ class LoadOptions:
     """Seconds after which a batch hangs; None: never."""
 
 
-def load_engine(
-    spec: ModelSpec,
-    located: LocatedModel,
-    options: LoadOptions,
-    *,
-    cores: Cores,
-    tokenizing: Executor,
-    telemetry: Telemetry,
-) -> Engine:
-    """The engine of one model, ready to be started.
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that computes, and what its vectors are held against before it is served."""
+
+    info: ModelInfo
+    located: LocatedModel
+    tokenizer: Tokenizer
+    backend: Backend
+    references: Sequence[ReferenceVectors]
+
+
+def load_model(spec: ModelSpec, located: LocatedModel, options: LoadOptions) -> LoadedModel:
+    """The model in the folder that was located for ``spec``, after `hub.verify`.
 
     Raises ModelNotSupported, saying what in the folder is to blame, if no backend that was
     asked for computes the model exactly.
     """
     name, why, layout, backend, tokenizer = _load(located.folder, options)
     row = _catalog_row(spec, located)
-    weights = _weights_file(layout.pipeline, name, options)
-    # `verify` has held it against the file already.
-    digest = spec.sha256 if name != "onnx-file" else None
-    if digest is None and weights.is_file():
-        digest = sha256_of(weights)
+    files = _weights_files(layout.pipeline, name, options)
+    digests = _digests(files, spec, located)
+    digest = digests[0] if len(files) == 1 or name == "onnx-file" else None
+    prompts = _prompts(layout, row)
+    layer_norm = row is not None and row.layer_norm
     info = ModelInfo(
         name=spec.served_name,
         architecture=str(layout.pipeline.config.get("model_type", layout.pipeline.body)),
@@ -76,36 +82,17 @@ def load_engine(
         max_tokens=tokenizer.max_tokens,
         pooling=_pooling(layout.pipeline),
         dimensions=_dimensions(spec.served_name, backend.dims, options, row),
-        prompts=_prompts(layout, row),
+        prompts=prompts,
         default_prompt=layout.default_prompt,
-        layer_norm=row is not None and row.layer_norm,
+        layer_norm=layer_norm,
         backend=name,
         backend_reason=why,
         revision=located.revision,
         sha256=digest,
-        created=int(weights.stat().st_mtime) if weights.is_file() else 0,
+        created=int(files[0].stat().st_mtime),
         owned_by=spec.repo.partition("/")[0] if spec.repo else "local",
     )
-    telemetry.model_loaded(
-        info.name,
-        backend=info.backend,
-        revision=info.revision,
-        dims=info.dims,
-        max_tokens=info.max_tokens,
-    )
-    return Engine(
-        info,
-        tokenizer,
-        backend,
-        scheduler=Scheduler(
-            max_batch_tokens=options.max_batch_tokens or backend.default_batch_tokens,
-            padded=backend.padded,
-        ),
-        limits=options.limits,
-        cores=cores,
-        tokenizing=tokenizing,
-        metrics=telemetry.for_model(info.name),
-    )
+    return LoadedModel(info, located, tokenizer, backend, _references(located, row, digest))
 
 
 def _load(folder: Path, options: LoadOptions) -> tuple[str, str, Layout, Backend, Tokenizer]:
@@ -203,13 +190,43 @@ def _load_tokenizer(layout: Layout, backend: Backend, *, any_family: bool) -> To
     )
 
 
-def _weights_file(pipeline: Pipeline, backend: str, options: LoadOptions) -> Path:
-    """The file that holds the model's weights; there is none by that name if they are in shards."""
+def _weights_files(pipeline: Pipeline, backend: str, options: LoadOptions) -> list[Path]:
+    """The files that hold the first module's weights, in the order in which they are read."""
     if backend == "onnx-file":
         from embedding_server.backends.onnx import onnx_model_file
 
-        return onnx_model_file(pipeline, options.onnx_file)
-    return pipeline.transformer / "model.safetensors"
+        graph = onnx_model_file(pipeline, options.onnx_file)
+        return [graph, *_external_data(graph)]
+    single = pipeline.transformer / "model.safetensors"
+    if single.is_file():
+        return [single]
+    return list(dict.fromkeys(t.file for t in Weights.open(pipeline.transformer).values()))
+
+
+def _external_data(graph: Path) -> list[Path]:
+    """The files beside ``graph`` that it names: those in which it keeps tensors."""
+    with graph.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        names = (path.relative_to(graph.parent).as_posix() for path in graph.parent.rglob("*"))
+        named = [n for n in names if not n.endswith(".onnx") and content.find(n.encode()) >= 0]
+    return [graph.parent / name for name in sorted(named) if (graph.parent / name).is_file()]
+
+
+def _digests(files: Sequence[Path], spec: ModelSpec, located: LocatedModel) -> list[str]:
+    """The sha256 of each file; `hub.verify` has held the one in ``spec`` against its file."""
+    if spec.sha256 and files == [located.folder / "model.safetensors"]:
+        return [spec.sha256]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(sha256_of, files))
+
+
+def _references(
+    located: LocatedModel, row: CatalogModel | None, digest: str | None
+) -> list[ReferenceVectors]:
+    """Those of the folder, and the catalog's if the weights are those of its row."""
+    paths = [located.folder / REFERENCE_FILE]
+    if row is not None and row.reference_vectors and digest == row.sha256:
+        paths.append(row.reference_vectors)
+    return [ReferenceVectors.read(path) for path in paths if path.exists()]
 
 
 def _catalog_row(spec: ModelSpec, located: LocatedModel) -> CatalogModel | None:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from embedding_server.engine.cores import Cores
-from embedding_server.engine.engine import Engine
+from embedding_server.engine.engine import Engine, Limits
+from embedding_server.engine.scheduler import Scheduler
 from embedding_server.errors import ModelError, ModelNotFound, ModelUnavailable, NotReady
 from embedding_server.models.hub import locate, verify
-from embedding_server.models.loader import LoadOptions, load_engine
+from embedding_server.models.loader import NO_LIMITS, LoadedModel, LoadOptions, load_model
+from embedding_server.models.reference import SELF_CHECK_TOLERANCE, self_check
 from embedding_server.models.spec import ModelSpec
-from embedding_server.telemetry import Telemetry
+from embedding_server.telemetry import ModelMetrics, Telemetry
 
 __all__ = ["Registry"]
 
@@ -47,6 +49,7 @@ class Registry:
         self._hf_token = hf_token
         self._engines: dict[str, Engine] = {}
         self._by_name: dict[str, Engine] = {}
+        self._folders: dict[str, Path] = {}
         self._loaded = False
         self._threads_loading = 0
         self._cores = Cores(options.threads, timeout=options.inference_timeout)
@@ -54,14 +57,16 @@ class Registry:
         self._tokenizing = ThreadPoolExecutor(options.threads, thread_name_prefix="tokenize")
 
     async def load(self) -> None:
-        """Find, load and start every model.
+        """Find, load, check and start every model.
 
         Raises ModelError if a model that was asked for by name can't be had or run, or if no
         model is left; a default model that can't be served is one warning.
         """
         for spec in self._specs:
+            started = time.perf_counter()
             try:
-                engine = await _in_own_thread(partial(self._load_one, spec))
+                model = await _in_own_thread(partial(self._load_one, spec))
+                checked = await self._self_check(model)
             except ModelError as error:
                 if spec.requested:
                     raise
@@ -72,9 +77,13 @@ class Registry:
                     raise
                 logger.exception("%s is not served", spec.served_name)
                 continue
-            engine.start()
-            self._engines[spec.served_name] = engine
-            self._add_names(spec, engine)
+            self._serve(spec, model)
+            logger.info(
+                "%s is ready: %s, %d dimensions, %d tokens, from %s (%s) in %.2f s; %s",
+                *(model.info.name, model.info.backend, model.info.dims, model.info.max_tokens),
+                *(model.located.folder, model.located.origin),
+                *(time.perf_counter() - started, checked),
+            )
         if not self._engines:
             raise ModelUnavailable("No model can be served; the warnings above say why.")
         self._loaded = True
@@ -90,15 +99,14 @@ class Registry:
             if name not in served:
                 self._by_name.setdefault(name, engine)
 
-    def _load_one(self, spec: ModelSpec) -> Engine:
+    def _load_one(self, spec: ModelSpec) -> LoadedModel:
         self._threads_loading += 1
         try:
             return self._load_now(spec)
         finally:
             self._threads_loading -= 1
 
-    def _load_now(self, spec: ModelSpec) -> Engine:
-        started = time.perf_counter()
+    def _load_now(self, spec: ModelSpec) -> LoadedModel:
         located = locate(
             spec,
             models_dir=self._models_dir,
@@ -107,20 +115,59 @@ class Registry:
         )
         if self._options.onnx_file is None:  # the digest is of the file that it replaces
             verify(located, spec)
-        engine = load_engine(
-            spec,
-            located,
-            self._options,
+        return load_model(spec, located, self._options)
+
+    async def _self_check(self, model: LoadedModel) -> str:
+        """Hold the model against its reference vectors; what the log says of it.
+
+        On an engine that no request reaches, so that no limit refuses them and no metric counts
+        them. Raises ModelNotSupported if they differ.
+        """
+        if not model.references:
+            return "no self-check, as it has no reference vectors"
+        engine = self._engine(model, NO_LIMITS, ModelMetrics.uncounted())
+        engine.start()
+        try:
+            largest = max([await self_check(engine, found) for found in model.references])
+        finally:
+            await engine.close()
+        texts = sum(len(found.texts) for found in model.references)
+        return (
+            f"self-check: {texts} texts within {SELF_CHECK_TOLERANCE:.0e} (largest difference "
+            f"{largest:.0e})"
+        )
+
+    def _serve(self, spec: ModelSpec, model: LoadedModel) -> None:
+        info = model.info
+        engine = self._engine(model, self._options.limits, self._telemetry.for_model(info.name))
+        engine.start()
+        self._engines[info.name] = engine
+        self._add_names(spec, engine)
+        self._folders[info.name] = model.located.folder
+        self._telemetry.model_loaded(
+            info.name,
+            backend=info.backend,
+            revision=info.revision,
+            dims=info.dims,
+            max_tokens=info.max_tokens,
+        )
+
+    def _engine(self, model: LoadedModel, limits: Limits, metrics: ModelMetrics) -> Engine:
+        return Engine(
+            model.info,
+            model.tokenizer,
+            model.backend,
+            scheduler=Scheduler(
+                max_batch_tokens=(
+                    self._options.max_batch_tokens or model.backend.default_batch_tokens
+                ),
+                padded=model.backend.padded,
+            ),
+            limits=limits,
             cores=self._cores,
             tokenizing=self._tokenizing,
-            telemetry=self._telemetry,
+            metrics=metrics,
         )
-        logger.info(
-            "%s is ready: %s, %d dimensions, %d tokens, from %s (%s) in %.2f s",
-            *(spec.served_name, engine.info.backend, engine.info.dims, engine.info.max_tokens),
-            *(located.folder, located.origin, time.perf_counter() - started),
-        )
-        return engine
 
     async def close(self) -> None:
         """Stop every engine; what still waits fails with NotReady."""
@@ -165,6 +212,10 @@ class Registry:
             names = [spec.served_name for spec in self._specs]
             states |= {name: "loading" for name in names if name not in states}
         return states
+
+    def folder(self, name: str) -> Path:
+        """Where the files of the served model ``name`` lie."""
+        return self._folders[name]
 
     def __getitem__(self, name: str) -> Engine:
         """The engine of the served model ``name``, as soon as it is loaded.

@@ -79,6 +79,7 @@ def show_model(settings: Settings, name: str) -> int:
         ("backend", f"{info.backend} ({info.backend_reason})"),
         ("revision", info.revision or "unknown"),
         ("sha256", info.sha256 or "unknown"),
+        ("fingerprint", info.fingerprint),
     )
     for label, value in rows:
         sys.stdout.write(f"{label:<17} {value}\n")

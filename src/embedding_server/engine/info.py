@@ -33,6 +33,8 @@ class ModelInfo:
     """Why that backend was taken, in words."""
     revision: str | None = None
     sha256: str | None = None
+    fingerprint: str = ""
+    """Changes whenever stored vectors would no longer match; see docs/models.md."""
     created: int = 0
     """Unix time of the weights file, in seconds."""
     owned_by: str = "local"

@@ -21,6 +21,7 @@ from embedding_server.engine.info import ModelInfo
 from embedding_server.engine.tokenizer import Tokenizer, is_panic
 from embedding_server.errors import ConfigurationError, ModelNotSupported
 from embedding_server.models.catalog import CATALOG, CatalogModel
+from embedding_server.models.fingerprint import fingerprint
 from embedding_server.models.hub import LocatedModel, sha256_of
 from embedding_server.models.json_files import read_text
 from embedding_server.models.layout import Layout, read_layout
@@ -89,6 +90,13 @@ def load_model(spec: ModelSpec, located: LocatedModel, options: LoadOptions) -> 
         backend_reason=why,
         revision=located.revision,
         sha256=digest,
+        fingerprint=fingerprint(
+            layout,
+            weights=digests,
+            max_tokens=tokenizer.max_tokens,
+            prompts=prompts,
+            layer_norm=layer_norm,
+        ),
         created=int(files[0].stat().st_mtime),
         owned_by=spec.repo.partition("/")[0] if spec.repo else "local",
     )

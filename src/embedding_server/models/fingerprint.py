@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""A short hash that says which vectors a model gives: of files and values, never of places."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from embedding_server.backends.base import Module
+from embedding_server.backends.head import pooling_modes
+from embedding_server.models.hub import sha256_of
+from embedding_server.models.json_files import read_json, read_object
+from embedding_server.models.layout import Layout
+
+__all__ = ["ARITHMETIC", "HARMLESS_KEYS", "fingerprint"]
+
+ARITHMETIC = 1
+"""Raise it when any vector of any model moves by more than 1e-5."""
+
+HARMLESS_KEYS = frozenset(
+    {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+)
+"""Keys of config.json that can't change a vector; what ``architectures`` says of pooling stands
+in the modules."""
+
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_HARMLESS_SETTINGS = frozenset(
+    {
+        *("backend", "is_local", "local_files_only", "name_or_path", "special_tokens_map_file"),
+        *("tokenizer_file", "chat_template", "clean_up_tokenization_spaces"),
+        *("model_max_length", "max_len"),
+    }
+)
+"""Keys of tokenizer_config.json that can't; the last two count as the longest input."""
+
+_VOCABULARIES = ("vocab.*", "merges.txt", "*.model", "bpe.codes")
+"""What transformers makes a tokenizer of where there is no tokenizer.json."""
+
+
+def fingerprint(
+    layout: Layout,
+    *,
+    weights: Sequence[str],
+    max_tokens: int,
+    prompts: Mapping[str, str],
+    layer_norm: bool,
+    harmless: Collection[str] = HARMLESS_KEYS,
+) -> str:
+    """16 hex digits of a SHA-256 over all that decides the vectors of the model in ``layout``.
+
+    ``weights`` are the digests of the first module's files, in the order in which they are read;
+    ``max_tokens`` and ``prompts`` are those that count; ``harmless`` are left out of config.json.
+    """
+    pipeline = layout.pipeline
+    static = layout.max_tokens is None
+    parts = {
+        "arithmetic": ARITHMETIC,
+        "body": pipeline.body,
+        "weights": list(weights),
+        "config": _without(pipeline.config, harmless),
+        "tokenizer": _tokenizer(pipeline.transformer, static=static),
+        "modules": [_module(module, pipeline.folder) for module in pipeline.modules],
+        "lowercase": layout.lowercase,
+        "max_tokens": max_tokens,
+        "prompts": dict(prompts),
+        "default_prompt": layout.default_prompt,
+        "exclude_prompt": layout.exclude_prompt,
+        "layer_norm": layer_norm,
+    }
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _tokenizer(home: Path, *, static: bool) -> Mapping[str, Any]:
+    """The files that are read: a static model's tokenizer is its tokenizer.json alone."""
+    path = home / "tokenizer.json"
+    files = [path] if path.is_file() else [f for form in _VOCABULARIES for f in home.glob(form)]
+    parts: dict[str, Any] = {file.name: sha256_of(file) for file in files}
+    for name in () if static else _TOKENIZER_SETTINGS:
+        if (home / name).is_file():
+            parts[name] = _without(read_object(home / name), _HARMLESS_SETTINGS)
+    return parts
+
+
+def _module(module: Module, root: Path) -> Sequence[Any]:
+    if module.kind == "Pooling":  # whose options have two spellings
+        return [module.kind, pooling_modes(module.config)]
+    if module.kind == "Normalize" or module.folder == root:
+        return [module.kind]
+    settings = {file.name: read_json(file) for file in module.folder.glob("*.json")}
+    weights = {file.name: sha256_of(file) for file in module.folder.glob("*.safetensors")}
+    return [module.kind, settings, weights]
+
+
+def _without(values: Mapping[str, Any], keys: Collection[str]) -> Mapping[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}

@@ -47,6 +47,8 @@ class HubStandIn:
     repos: dict[str, Path]
     commits: dict[str, str] = field(default_factory=lambda: {"main": MAIN_COMMIT})
     """Branch or tag -> commit; a commit is also known by itself."""
+    folders: dict[str, Path] = field(default_factory=dict)
+    """Commit -> the folder that a repository has there, if not its usual one."""
     token: str | None = None
     """Wanted for everything, if set."""
     gated: bool = False
@@ -148,6 +150,7 @@ class _Answer(BaseHTTPRequestHandler):
             return self._error(404, "Repository not found", **{"X-Error-Code": "RepoNotFound"})
         if (commit := self._commit(unquote(revision) or "main")) is None:
             return self._no_revision()
+        folder = self.hub.folders.get(commit, folder)
         names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
         blobs = "blobs" in parse_qs(urlsplit(self.path).query)
         if kind == "tree":
@@ -176,6 +179,7 @@ class _Answer(BaseHTTPRequestHandler):
             return self._no_revision()
         if self.hub.gated:
             return self._error(403, "Accept the licence.", **{"X-Error-Code": "GatedRepo"})
+        folder = self.hub.folders.get(commit, folder)
         file = folder / name
         if not file.is_file():
             return self._error(404, "Entry not found", **{"X-Error-Code": "EntryNotFound"})
@@ -184,13 +188,14 @@ class _Answer(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if "lfs" in entry:
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(entry["size"])}
-            headers["Location"] = f"{self.hub.storage_url}/{repo}/{name}"
+            headers["Location"] = f"{self.hub.storage_url}/{commit}/{repo}/{name}"
             return self._send(302, b"", headers)
         return self._send_file(file, name, headers)
 
     def _stored(self) -> None:
-        org, repo, name = unquote(self.path).lstrip("/").split("/", 2)
-        return self._send_file(self.hub.repos[f"{org}/{repo}"] / name, name, {})
+        commit, org, repo, name = unquote(self.path).lstrip("/").split("/", 3)
+        folder = self.hub.folders.get(commit, self.hub.repos[f"{org}/{repo}"])
+        return self._send_file(folder / name, name, {})
 
     def _send_file(self, file: Path, name: str, headers: dict[str, str]) -> None:
         content = file.read_bytes()

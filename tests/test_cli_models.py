@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,6 +22,11 @@ import tiny_models as tiny
 from hub_standin import HubStandIn
 from live import environment, run_cli, running_server
 from minilm import minilm_folder
+
+from embedding_server import Embedder, inventory
+from embedding_server.errors import ConfigurationError, ModelUnavailable
+from embedding_server.models.choice import specs_of
+from embedding_server.settings import Settings
 
 MINILM = "all-MiniLM-L6-v2"
 NOMIC = ("nomic-embed-text-v1", "nomic-embed-text-v1.5")
@@ -111,6 +118,57 @@ def test_list_of_no_model(offline: Mapping[str, str]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model": ["{}", "{}"]},
+        {"model": [MINILM, "{}"], "revision": "main"},
+        {"revision": "main"},
+        {"model": ["{}"], "revision": "main"},
+        {"model": [f"{MINILM}@v1"], "revision": "v2"},
+    ],
+    ids=str,
+)
+def test_list_refuses_what_serve_refuses(values: dict[str, Any], tiny_folder: Path) -> None:
+    values["model"] = tuple(text.format(tiny_folder) for text in values.get("model", ()))
+    with pytest.raises(ConfigurationError) as refused:
+        specs_of(Settings(**values))
+    with pytest.raises(ConfigurationError, match=re.escape(str(refused.value))):
+        inventory.list_models(Settings(**values), as_json=True)
+
+
+def test_a_revision_applies_or_is_refused_by_name(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever names a single model takes one from the environment or the file."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    settings = Settings(revision="v2")
+    calls: tuple[Callable[[str], object], ...] = (
+        partial(inventory.show_model, settings),
+        lambda name: inventory.pull_models(settings, [name], tmp_path / "to"),
+        lambda name: Embedder.from_settings(name, settings),
+        lambda name: Embedder(name, revision="v2"),
+        lambda name: specs_of(Settings(model=(name,), revision="v2")),
+    )
+    for call in calls:
+        with pytest.raises(ConfigurationError, match="--revision v2 can't apply to .* is a folder"):
+            call(str(tiny_folder))
+        with pytest.raises(ConfigurationError, match="which names the revision v1 itself"):
+            call("org/name@v1")
+    for call in calls[:4]:
+        with pytest.raises(ModelUnavailable, match=r"\(org/name@v2\)"):
+            call("org/name")
+    assert inventory.verify_model(settings, str(tiny_folder)) == 2
+    assert "--revision v2 can't apply" in capsys.readouterr().err
+    with pytest.raises(ConfigurationError, match="--revision .* one NAME"):
+        inventory.pull_models(settings, [MINILM, "org/name"], tmp_path / "to")
+    assert not any((tmp_path / "to").iterdir())
+
+
 # --------------------------------------------------------------------------------- models pull
 
 
@@ -133,6 +191,18 @@ def test_pull_saves_byte_for_byte(
     )
     assert f"{target / MINILM} (models-dir)" in pulled.stderr.decode()
     assert pulled.stdout == run_cli("embed", "--model", MINILM, stdin=texts, env=offline).stdout
+
+
+def test_pull_takes_the_revision_of_the_settings(tmp_path: Path) -> None:
+    new, old = (tiny.make_bert(tmp_path / f"{seed}", seed=seed).folder for seed in (1, 2))
+    with HubStandIn({"org/name": new}, folders={40 * "a": old}) as hub:
+        hub.commits["v1"] = 40 * "a"
+        env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+        env["EMBEDDING_SERVER_REVISION"] = "v1"
+        done = run_cli("models", "pull", "org/name", "--to", str(tmp_path), env=env)
+    assert done.returncode == 0, done.stderr
+    weights = "model.safetensors"
+    assert (tmp_path / "name" / weights).read_bytes() == (old / weights).read_bytes()
 
 
 def test_pull_never_overwrites_another_model(

@@ -16,15 +16,15 @@ from typing import Any, ParamSpec, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from embedding_server.engine.engine import Embeddings, Engine, Limits
+from embedding_server.engine.engine import Embeddings, Engine
 from embedding_server.engine.info import ModelInfo
 from embedding_server.engine.parameters import EmbedParams
 from embedding_server.engine.postprocess import OutputDtype, postprocess
 from embedding_server.engine.tokenizer import Input
 from embedding_server.errors import ConfigurationError, NotReady
-from embedding_server.models.loader import LoadOptions
+from embedding_server.models.choice import spec_of
+from embedding_server.models.loader import NO_LIMITS, LoadOptions
 from embedding_server.models.registry import Registry
-from embedding_server.models.spec import parse_spec
 from embedding_server.settings import BACKEND_CHOICES, Settings, available_cores
 from embedding_server.telemetry import Telemetry
 
@@ -35,17 +35,13 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
-_NO_LIMITS = Limits(
-    max_concurrent_requests=2**31, max_queued_tokens=2**63, max_request_tokens=2**63
-)
-
 
 class Embedder:
     """One model, ready to embed: ``Embedder("all-MiniLM-L6-v2").embed(["iPhone"])``.
 
     Takes what ``--model`` takes. Safe to use from several threads, whose texts then share
     batches. Raises ModelError if the model can't be had or run, and ConfigurationError for an
-    unknown ``backend``.
+    unknown ``backend`` or a ``revision`` that can't apply.
     """
 
     def __init__(
@@ -65,13 +61,13 @@ class Embedder:
             raise ConfigurationError(
                 f"There is no backend {backend!r}; there are {', '.join(BACKEND_CHOICES)}."
             )
-        spec = parse_spec(model, revision=revision)
+        spec = spec_of(model, revision)
         self._registry = Registry(
             [spec],
             LoadOptions(
                 backend=backend,
                 threads=threads or available_cores(),
-                limits=_NO_LIMITS,
+                limits=NO_LIMITS,
                 onnx_file=onnx_file,
                 max_batch_tokens=max_batch_tokens,
                 matryoshka={spec.name: tuple(matryoshka)} if matryoshka else {},
@@ -93,7 +89,7 @@ class Embedder:
     @classmethod
     def from_settings(cls, model: str, settings: Settings) -> Self:
         """The embedder of ``model`` as the command line's ``settings`` want it."""
-        name = parse_spec(model).name
+        name = spec_of(model, settings.revision).name
         if unknown := set(settings.matryoshka_sizes) - {name}:
             raise ConfigurationError(
                 f"--matryoshka names {', '.join(unknown)}, but the model is {name}."
@@ -114,6 +110,11 @@ class Embedder:
     def info(self) -> ModelInfo:
         """What the model is: ``info.dims``, ``info.max_tokens``, ``info.prompts``."""
         return self._engine.info
+
+    @property
+    def folder(self) -> Path:
+        """Where the model's files lie."""
+        return self._registry.folder(self.info.name)
 
     def embed(
         self,

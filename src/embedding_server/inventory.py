@@ -9,22 +9,19 @@ from pathlib import Path
 
 from embedding_server.embedder import Embedder
 from embedding_server.errors import EmbeddingServerError, ModelUnavailable
-from embedding_server.models.catalog import DEFAULT_MODELS
+from embedding_server.models.choice import specs_named, specs_of
 from embedding_server.models.hub import locate
 from embedding_server.models.pull import pull
-from embedding_server.models.spec import ModelSpec, parse_spec
+from embedding_server.models.spec import ModelSpec
 from embedding_server.settings import Settings
-from embedding_server.verify import Verification, print_verification, verify_vectors
+from embedding_server.verify import print_verification, verify_vectors
 
 __all__ = ["list_models", "pull_models", "show_model", "verify_model"]
 
 
 def list_models(settings: Settings, *, as_json: bool) -> int:
     """Print what ``serve`` would serve, where each model was found, and its size; returns 0."""
-    rows = []
-    for text in settings.model or DEFAULT_MODELS:
-        spec = parse_spec(text, revision=settings.revision)
-        rows.append(_row(spec, settings.load_models_from))
+    rows = [_row(spec, settings) for spec in specs_of(settings)]
     if as_json:
         for row in rows:
             sys.stdout.write(json.dumps(row) + "\n")
@@ -48,10 +45,11 @@ def list_models(settings: Settings, *, as_json: bool) -> int:
 
 def pull_models(settings: Settings, names: list[str], to: Path) -> int:
     """Save each of ``names`` as ``to/<name>``; returns 0, or raises ModelUnavailable."""
+    specs = specs_named(names, settings.revision)
     to.mkdir(parents=True, exist_ok=True)
-    for name in names:
+    for spec in specs:
         folder = pull(
-            parse_spec(name),
+            spec,
             to,
             models_dir=settings.load_models_from,
             token=settings.hub_token,
@@ -92,29 +90,24 @@ def verify_model(settings: Settings, name: str) -> int:
     Returns 0 if it is exact, 1 if not, and 2 if the two could not be compared.
     """
     try:
-        result = _verified(settings, name)
+        with Embedder.from_settings(name, settings) as embedder:
+            result = verify_vectors(embedder, embedder.folder)
+        print_verification(result)
     except EmbeddingServerError as error:
         sys.stderr.write(f"embedding-server: {error}\n")
         return 2
-    print_verification(result)
     return 0 if result.exact else 1
 
 
-def _verified(settings: Settings, name: str) -> Verification:
-    located = locate(
-        parse_spec(name),
-        models_dir=settings.load_models_from,
-        token=settings.hub_token,
-        onnx_file=settings.onnx_file,
-    )
-    with Embedder.from_settings(name, settings) as embedder:
-        return verify_vectors(embedder, located.folder)
-
-
-def _row(spec: ModelSpec, models_dir: Path | None) -> dict[str, object]:
+def _row(spec: ModelSpec, settings: Settings) -> dict[str, object]:
     row: dict[str, object] = {"name": spec.name, "repo": spec.repo, "revision": spec.revision}
     try:
-        located = locate(spec, models_dir=models_dir, download=False)
+        located = locate(
+            spec,
+            models_dir=settings.load_models_from,
+            download=False,
+            onnx_file=settings.onnx_file,
+        )
     except ModelUnavailable as error:
         problem = None if spec.repo else str(error)
         return row | {"origin": None, "folder": None, "bytes": None, "problem": problem}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from embedding_server.engine.engine import Limits
@@ -13,14 +14,42 @@ from embedding_server.models.loader import LoadOptions
 from embedding_server.models.spec import ModelSpec, parse_spec
 from embedding_server.settings import Settings, available_cores
 
-__all__ = ["load_options_of", "specs_of"]
+__all__ = ["load_options_of", "spec_of", "specs_named", "specs_of"]
+
+
+def spec_of(text: str, revision: str | None, *, requested: bool = True) -> ModelSpec:
+    """The model that ``text`` names, at ``revision`` if that is set.
+
+    Raises ModelUnavailable for what is no model, and ConfigurationError where ``revision`` could
+    only be ignored.
+    """
+    spec = parse_spec(text, revision=revision, requested=requested)
+    if revision and spec.revision != revision:
+        has = "is a folder" if spec.folder else f"names the revision {spec.revision} itself"
+        raise ConfigurationError(
+            f"--revision {revision} can't apply to {text}, which {has}: leave one of the two out "
+            "(--revision may also come from EMBEDDING_SERVER_REVISION or the TOML file)."
+        )
+    return spec
+
+
+def specs_named(
+    names: Sequence[str], revision: str | None, *, requested: bool = True
+) -> list[ModelSpec]:
+    """As `spec_of` for each of ``names``; only one of them can have ``revision``."""
+    if revision and len(names) != 1:
+        raise ConfigurationError(
+            "--revision (or EMBEDDING_SERVER_REVISION) needs exactly one --model, or one NAME; "
+            "else write ID@REVISION for each."
+        )
+    return [spec_of(name, revision, requested=requested) for name in names]
 
 
 def specs_of(settings: Settings) -> list[ModelSpec]:
     """The models to be served, in their order.
 
-    Raises ModelUnavailable for a --model that can't be understood, and ConfigurationError for two
-    of the same name.
+    Raises ModelUnavailable for a --model that can't be understood, and ConfigurationError for
+    settings that can't be meant, as two models of the same name.
     """
     names = settings.served_model_name
     if names and len(names) != len(settings.model):
@@ -28,15 +57,9 @@ def specs_of(settings: Settings) -> list[ModelSpec]:
             f"--served-model-name is given {len(names)} times for {len(settings.model)} --model; "
             "give one name for each model, in the same order."
         )
-    if settings.revision and len(settings.model) != 1:
-        raise ConfigurationError(
-            "--revision needs exactly one --model; else write --model ID@REVISION."
-        )
-    requested = bool(settings.model)
-    specs = [
-        parse_spec(text, revision=settings.revision, requested=requested)
-        for text in settings.model or DEFAULT_MODELS
-    ]
+    specs = specs_named(
+        settings.model or DEFAULT_MODELS, settings.revision, requested=bool(settings.model)
+    )
     if names:
         specs = [replace(spec, alias=name) for spec, name in zip(specs, names, strict=True)]
     served = Counter(spec.served_name for spec in specs)

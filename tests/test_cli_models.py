@@ -26,6 +26,7 @@ from minilm import minilm_folder
 from embedding_server import Embedder, inventory
 from embedding_server.errors import ConfigurationError, ModelUnavailable
 from embedding_server.models.choice import specs_of
+from embedding_server.models.reference import REFERENCE_FILE
 from embedding_server.settings import Settings
 
 MINILM = "all-MiniLM-L6-v2"
@@ -162,7 +163,7 @@ def test_a_revision_applies_or_is_refused_by_name(
     for call in calls[:4]:
         with pytest.raises(ModelUnavailable, match=r"\(org/name@v2\)"):
             call("org/name")
-    assert inventory.verify_model(settings, str(tiny_folder)) == 2
+    assert inventory.verify_model(settings, str(tiny_folder), None) == 2
     assert "--revision v2 can't apply" in capsys.readouterr().err
     with pytest.raises(ConfigurationError, match="--revision .* one NAME"):
         inventory.pull_models(settings, [MINILM, "org/name"], tmp_path / "to")
@@ -203,6 +204,19 @@ def test_pull_takes_the_revision_of_the_settings(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     weights = "model.safetensors"
     assert (tmp_path / "name" / weights).read_bytes() == (old / weights).read_bytes()
+
+
+def test_pull_leaves_reference_vectors_that_were_added(
+    offline: Mapping[str, str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    command = ("models", "pull", str(tiny_folder), "--to", str(tmp_path))
+    run_cli(*command, env=offline)
+    added = tmp_path / "tiny" / REFERENCE_FILE
+    added.write_bytes(b"vectors")
+    assert run_cli(*command, env=offline).returncode == 0
+    assert added.read_bytes() == b"vectors"
+    (tmp_path / "tiny" / "else").touch()
+    assert "is there already" in sentence(run_cli(*command, env=offline))
 
 
 def test_pull_never_overwrites_another_model(

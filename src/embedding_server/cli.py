@@ -142,6 +142,13 @@ def build_parser() -> argparse.ArgumentParser:
         single.add_argument(
             "name", help="a catalog name, a hub id with optional @revision, or a folder"
         )
+        if action == "verify":
+            single.add_argument(
+                "--write", type=Path, metavar="DIR",
+                help="if the model is exact, write some of sentence-transformers' vectors to "
+                "DIR/reference_vectors.npz; a model's folder with that file is checked against it "
+                "at each start",
+            )  # fmt: skip
         _add_settings(single, action)
     pulling = actions.add_parser(
         "pull",
@@ -370,7 +377,7 @@ def _run(command: str, options: dict[str, Any]) -> int:
         case "info":
             return inventory.show_model(settings, options["name"])
         case "verify":
-            return inventory.verify_model(settings, options["name"])
+            return inventory.verify_model(settings, options["name"], options["write"])
         case _:
             return inventory.pull_models(settings, options["name"], options["to"])
 

@@ -14,7 +14,7 @@ from embedding_server.models.hub import locate
 from embedding_server.models.pull import pull
 from embedding_server.models.spec import ModelSpec
 from embedding_server.settings import Settings
-from embedding_server.verify import print_verification, verify_vectors
+from embedding_server.verify import print_verification, verify_vectors, write_reference
 
 __all__ = ["list_models", "pull_models", "show_model", "verify_model"]
 
@@ -84,15 +84,18 @@ def show_model(settings: Settings, name: str) -> int:
     return 0
 
 
-def verify_model(settings: Settings, name: str) -> int:
+def verify_model(settings: Settings, name: str, write: Path | None) -> int:
     """Compare ``name`` with sentence-transformers and print the result.
 
-    Returns 0 if it is exact, 1 if not, and 2 if the two could not be compared.
+    If it is exact, its reference vectors are written to the folder ``write``. Returns 0 if it is
+    exact, 1 if not, and 2 if they could not be compared or written.
     """
     try:
         with Embedder.from_settings(name, settings) as embedder:
             result = verify_vectors(embedder, embedder.folder)
         print_verification(result)
+        if write is not None and result.exact:
+            sys.stdout.write(f"{write_reference(result, write)}\n")
     except EmbeddingServerError as error:
         sys.stderr.write(f"embedding-server: {error}\n")
         return 2

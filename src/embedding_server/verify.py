@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,18 @@ from numpy.typing import NDArray
 from embedding_server.backends.torch import load_sentence_transformer
 from embedding_server.embedder import Embedder
 from embedding_server.engine.parameters import EmbedParams
-from embedding_server.engine.postprocess import normalize
+from embedding_server.engine.postprocess import normalize, postprocess
+from embedding_server.errors import ModelUnavailable
+from embedding_server.models.reference import REFERENCE_FILE, ReferenceVectors
 
-__all__ = ["TEXTS", "TOLERANCE", "Verification", "print_verification", "verify_vectors"]
+__all__ = [
+    "TEXTS",
+    "TOLERANCE",
+    "Verification",
+    "print_verification",
+    "verify_vectors",
+    "write_reference",
+]
 
 TOLERANCE = 1e-5
 """Largest difference of any value of normalised vectors, as every backend promises."""
@@ -46,6 +55,9 @@ TEXTS: tuple[str, ...] = (
 )
 """Words, sentences, scripts, odd characters, and texts up to and beyond the usual limits."""
 
+_SHORT_TEXTS = [text for text in TEXTS if 0 < len(text) <= 100]
+"""Those that reference vectors are written for: every start has to embed them."""
+
 _ROUNDS = 3
 
 
@@ -61,6 +73,8 @@ class Verification:
     min_cosine: float
     texts_per_second: float
     reference_texts_per_second: float
+    reference: Mapping[str, NDArray[np.float32]]
+    """What sentence-transformers gives for some texts without a prompt, scaled to length 1."""
 
     @property
     def exact(self) -> bool:
@@ -80,6 +94,10 @@ def verify_vectors(embedder: Embedder, folder: Path) -> Verification:
     expected, reference_seconds = _timed(lambda: np.asarray(reference.encode(texts)))
     found, expected = (normalize(vectors).astype(np.float64) for vectors in (found, expected))
     errors = np.abs(found - expected).max(axis=1)
+    short = postprocess(
+        np.asarray(reference.encode(_SHORT_TEXTS, prompt="")),
+        layer_norm_first=embedder.info.layer_norm,
+    )
     return Verification(
         model=embedder.info.name,
         backend=embedder.info.backend,
@@ -88,7 +106,33 @@ def verify_vectors(embedder: Embedder, folder: Path) -> Verification:
         min_cosine=float(_cosines(found, expected).min()),
         texts_per_second=len(texts) / seconds,
         reference_texts_per_second=len(texts) / reference_seconds,
+        # A text without a token has no direction, and so nothing to compare.
+        reference={text: v for text, v in zip(_SHORT_TEXTS, short, strict=True) if v.any()},
     )
+
+
+def write_reference(result: Verification, folder: Path) -> Path:
+    """Write the reference vectors of ``result`` into ``folder``; their file.
+
+    Raises ModelUnavailable if there are others already, or if the folder can't be written.
+    """
+    path = folder / REFERENCE_FILE
+    new = ReferenceVectors(path, list(result.reference), np.stack([*result.reference.values()]))
+    if path.exists():
+        if new.agrees_with(ReferenceVectors.read(path), TOLERANCE):
+            return path
+        raise ModelUnavailable(
+            f"{path} is there already, with other vectors than {result.model} gives: remove it, or "
+            "write to another folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        new.write()
+    except OSError as error:
+        raise ModelUnavailable(
+            f"{path} could not be written ({error.strerror or error}): give a folder that can be."
+        ) from None
+    return path
 
 
 def print_verification(result: Verification) -> None:

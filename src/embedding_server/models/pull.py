@@ -12,6 +12,7 @@ from pathlib import Path
 
 from embedding_server.errors import ModelUnavailable
 from embedding_server.models.hub import LocatedModel, locate, verify
+from embedding_server.models.reference import REFERENCE_FILE
 from embedding_server.models.spec import ModelSpec
 
 __all__ = ["pull"]
@@ -82,6 +83,7 @@ def _files_to_copy(located: LocatedModel) -> dict[str, Path]:
 
 def _same_files(files: Mapping[str, Path], folder: Path) -> bool:
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    return there == set(files) and all(
+    # The last may have been added by `models verify --write`.
+    return there in (set(files), {*files, REFERENCE_FILE}) and all(
         filecmp.cmp(source, folder / name, shallow=False) for name, source in files.items()
     )

@@ -701,6 +701,17 @@ def test_a_sound_onnx_file(folder: Path) -> None:
         assert embedder.embed(["one text"]).shape == (1, 24)
 
 
+def test_an_onnx_file_hides_no_refusal(folder: Path) -> None:
+    """It may have been made before the config said so; who asks for it gets it."""
+    make_onnx(folder)
+    in_json("config.json", is_causal=True)(folder)
+    message = refusal(folder, backend="auto")
+    assert "is_causal True is not supported" in message
+    assert "--onnx-file model.onnx takes it all the same" in message
+    with Embedder(str(folder), onnx_file="model.onnx") as embedder:
+        assert embedder.embed(["one text"]).shape == (1, 24)
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "half", "text", "bits"])
 def test_a_damaged_onnx_file(damage: str, folder: Path) -> None:
     file = make_onnx(folder)

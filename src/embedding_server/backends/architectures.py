@@ -218,10 +218,8 @@ def unknown_keys(config: Config) -> list[str]:
 
 
 def keys_that_count(config: Config) -> set[str]:
-    """The keys of a ``config.json`` that may change a vector, by what they are set to.
-
-    All but those that are null, harmless, or set to what changes nothing.
-    """
+    """The keys of a ``config.json`` that may change a vector: all but those that are null,
+    harmless, or set to what changes nothing."""
     family = ARCHITECTURES.get(str(config.get("model_type")))
     harmless = _HARMLESS if family is None else _HARMLESS | family.harmless
     allowed = ANY_FAMILY if family is None else {**ANY_FAMILY, **family.allowed}

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from embedding_server.backends.architectures import architecture_of
+from embedding_server.backends.architectures import ARCHITECTURES, architecture_of
 from embedding_server.backends.base import ONNX_FILES, BackendOptions, Pipeline
 from embedding_server.backends.graph import Graph, build_graph
 from embedding_server.backends.head import Head
@@ -106,6 +106,8 @@ class OnnxFileBackend:
     def load(cls, pipeline: Pipeline, options: BackendOptions) -> Self:
         """Load the file; raises ModelNotSupported if there is none or its form isn't known."""
         file = onnx_model_file(pipeline, options.onnx_file)
+        if options.onnx_file is None:
+            _check_unasked(pipeline, file)
         session = _session(str(file), _session_options(options.threads))
         known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
         inputs = {value.name for value in session.get_inputs()}
@@ -154,6 +156,17 @@ def onnx_model_file(pipeline: Pipeline, name: str | None) -> Path:
         if inside and (folder / relative).is_file():
             return folder / relative
     raise ModelNotSupported(f"{folder} has no {name or ONNX_FILES[0]}.")
+
+
+def _check_unasked(pipeline: Pipeline, file: Path) -> None:
+    """Raise ModelNotSupported where the graph would hide what the other files are refused for."""
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    built_here = pipeline.config.get("model_type") in ARCHITECTURES
+    if built_here and any((pipeline.transformer / name).is_file() for name in weights):
+        raise ModelNotSupported(
+            f"{file} may be of another config.json or other weights than those beside it: "
+            f"--onnx-file {file.relative_to(pipeline.transformer)} takes it all the same."
+        )
 
 
 def _run(session: onnxruntime.InferenceSession, output: str, feeds: dict[str, Any]) -> Any:

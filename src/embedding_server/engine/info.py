@@ -38,5 +38,3 @@ class ModelInfo:
     created: int = 0
     """Unix time of the weights file, in seconds."""
     owned_by: str = "local"
-    fingerprint: str = ""
-    """Changes whenever stored vectors would no longer match; see docs/models.md."""

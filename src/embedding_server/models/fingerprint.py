@@ -15,16 +15,17 @@ from embedding_server.models.hub import sha256_of
 from embedding_server.models.json_files import read_json, read_object
 from embedding_server.models.layout import Layout
 
-__all__ = ["ARITHMETIC", "HARMLESS_KEYS", "fingerprint"]
+__all__ = ["ARITHMETIC", "fingerprint"]
 
 ARITHMETIC = 1
 """Raise it when any vector of any model moves by more than 1e-5."""
 
-HARMLESS_KEYS = frozenset(
+_HARMLESS_KEYS = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 )
 """Keys of config.json that can't change a vector; what ``architectures`` says of pooling stands
-in the modules."""
+in the modules. Not those of backends/architectures.py: with each key that is found harmless
+there, fingerprints would change, and the vectors would not."""
 
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _HARMLESS_SETTINGS = frozenset(
@@ -47,12 +48,11 @@ def fingerprint(
     max_tokens: int,
     prompts: Mapping[str, str],
     layer_norm: bool,
-    harmless: Collection[str] = HARMLESS_KEYS,
 ) -> str:
     """16 hex digits of a SHA-256 over all that decides the vectors of the model in ``layout``.
 
     ``weights`` are the digests of the first module's files, in the order in which they are read;
-    ``max_tokens`` and ``prompts`` are those that count; ``harmless`` are left out of config.json.
+    ``max_tokens`` and ``prompts`` are those that count.
     """
     pipeline = layout.pipeline
     static = layout.max_tokens is None
@@ -60,7 +60,7 @@ def fingerprint(
         "arithmetic": ARITHMETIC,
         "body": pipeline.body,
         "weights": list(weights),
-        "config": _without(pipeline.config, harmless),
+        "config": _without(pipeline.config, _HARMLESS_KEYS),
         "tokenizer": _tokenizer(pipeline.transformer, static=static),
         "modules": [_module(module, pipeline.folder) for module in pipeline.modules],
         "lowercase": layout.lowercase,

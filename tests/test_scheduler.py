@@ -3,9 +3,15 @@
 
 from __future__ import annotations
 
+import gc
+import heapq
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -279,3 +285,165 @@ def test_discard_of_a_stranger_changes_nothing() -> None:
     start(scheduler, 10, 20)
     scheduler.discard(Job([10]))
     assert (len(scheduler), scheduler.tokens) == (2, 30)
+
+
+class Scanning:
+    """The scheduler without an index: a discard looks at all that waits."""
+
+    def __init__(self, *, max_batch_tokens: int, padded: bool) -> None:
+        self.budget, self.padded = max_batch_tokens, padded
+        self.waiting: dict[tuple[bool, int], list[tuple[float, int, int, Entry]]] = {}
+        self.arrivals = itertools.count()
+        self.time = 0.0
+
+    def __len__(self) -> int:
+        return sum(map(len, self.waiting.values()))
+
+    @property
+    def tokens(self) -> int:
+        return sum(length * len(bucket) for (_, length), bucket in self.waiting.items())
+
+    def add(self, entries: Sequence[Entry]) -> None:
+        lengths = lengths_of(entries)
+        cost = len(lengths) * max(lengths) if self.padded else sum(lengths)
+        tag = self.time
+        for place, entry in enumerate(entries):
+            bucket = self.waiting.setdefault((cost > self.budget, entry.length), [])
+            heapq.heappush(bucket, (tag, place, next(self.arrivals), entry))
+            tag += entry.length
+
+    def next_batch(self, *, cores: int = 1) -> list[Entry]:
+        if not self.waiting:
+            return []
+        budget = min(self.budget, max(16, -(-self.tokens // cores)))
+        kind = min(self.waiting, key=lambda kind: self.waiting[kind][0])
+        large, head = kind
+        start, place, _, _ = self.waiting[kind][0]
+        self.time = max(self.time, start if place else start + head)
+        batch = [self.pop(kind)]
+        near = [k for k in self.waiting if k[0] == large and head / 2 - 16 <= k[1] <= head * 2 + 16]
+        for kind in sorted(near, key=lambda kind: abs(kind[1] - head)):
+            while kind in self.waiting:
+                lengths = [*lengths_of(batch), kind[1]]
+                if (len(lengths) * max(lengths) if self.padded else sum(lengths)) > budget:
+                    break
+                batch.append(self.pop(kind))
+        return sorted(batch, key=lambda entry: entry.length)
+
+    def pop(self, kind: tuple[bool, int]) -> Entry:
+        entry = heapq.heappop(self.waiting[kind])[-1]
+        if not self.waiting[kind]:
+            del self.waiting[kind]
+        return entry
+
+    def discard(self, request: object) -> None:
+        for kind, bucket in list(self.waiting.items()):
+            bucket[:] = [item for item in bucket if item[-1].request is not request]
+            heapq.heapify(bucket)
+            if not bucket:
+                del self.waiting[kind]
+
+    def clear(self) -> None:
+        self.waiting.clear()
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), LENGTHS),
+        st.tuples(st.just("batch"), st.integers(1, 4)),
+        st.tuples(st.just("discard"), st.integers(0, 30)),
+        st.tuples(st.just("clear"), st.none()),
+    ),
+    max_size=40,
+)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+@given(steps=STEPS, budget=st.integers(1, 1000))
+def test_batches_are_those_of_a_scheduler_that_looks_at_everything(
+    padded: bool, steps: list[tuple[str, Any]], budget: int
+) -> None:
+    ours = Scheduler(max_batch_tokens=budget, padded=padded)
+    simple = Scanning(max_batch_tokens=budget, padded=padded)
+    jobs: list[tuple[Job, Job]] = []
+    names: dict[int, tuple[int, int]] = {}
+
+    def next_batches(cores: int) -> list[Entry]:
+        batch = ours.next_batch(cores=cores)
+        expected = [names[id(entry)] for entry in simple.next_batch(cores=cores)]
+        assert [names[id(entry)] for entry in batch] == expected
+        return batch
+
+    for step, value in [*steps, *[("batch", 1)] * 3]:
+        if step == "add":
+            jobs.append((Job(value), Job(value)))
+            for job, scheduler in zip(jobs[-1], (ours, simple), strict=True):
+                scheduler.add(job.entries)
+                names |= {id(e): (len(jobs), place) for place, e in enumerate(job.entries)}
+        elif step == "discard" and jobs:
+            ours.discard(jobs[value % len(jobs)][0])
+            simple.discard(jobs[value % len(jobs)][1])
+        elif step == "clear":
+            ours.clear()
+            simple.clear()
+        elif step == "batch":
+            next_batches(value)
+        assert (len(ours), ours.tokens) == (len(simple), simple.tokens)
+    while next_batches(1):
+        pass
+    assert len(ours) == ours.tokens == 0
+
+
+@pytest.mark.parametrize("order", ["oldest first", "newest first", "shuffled"])
+def test_discarding_all_requests_takes_work_in_proportion_to_them(order: str) -> None:
+    """Of a queue four times as long, four times the work, and not sixteen times."""
+
+    def work(requests: int) -> int:
+        scheduler = Scheduler(max_batch_tokens=1000)
+        rng = random.Random(requests)
+        jobs = [start(scheduler, *rng.choices(range(3, 200), k=10)) for _ in range(requests)]
+        if order != "oldest first":
+            jobs.reverse()
+        if order == "shuffled":
+            rng.shuffle(jobs)
+        operations = count_operations(lambda: [scheduler.discard(job) for job in jobs])
+        assert len(scheduler) == scheduler.tokens == 0
+        return operations
+
+    assert work(800) < 5 * work(200)
+
+
+def count_operations(do: Callable[[], object]) -> int:
+    """How many operations of Python's machine ``do`` takes."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        do()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("kept", [0, 1, 50])
+def test_discarded_entries_are_let_go(kept: int) -> None:
+    """However long nothing is computed, what is kept of them is no more than what waits."""
+    scheduler = Scheduler(max_batch_tokens=1000)
+    for _ in range(kept):
+        start(scheduler, 20)
+    discarded = weakref.WeakSet[Job]()
+    for _ in range(300):
+        job = start(scheduler, 20, 30, 20)
+        discarded.add(job)
+        scheduler.discard(job)
+    del job
+    gc.collect()  # a Job and its entries refer to each other
+    assert len(scheduler) == kept
+    assert len(discarded) <= kept

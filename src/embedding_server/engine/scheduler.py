@@ -39,6 +39,11 @@ class Scheduler:
         # nearest lengths are found by looking at all.
         self._waiting: dict[_Kind, list[tuple[float, int, int, Entry]]] = {}
         self._arrivals = itertools.count()
+        # Each request's waiting entries by arrival, so that a discard looks at these alone.
+        self._kinds: dict[Request, dict[int, _Kind]] = {}
+        # Arrivals that were discarded and are still in a heap, though never first: there, a
+        # discarded entry is dropped at once.
+        self._discarded: set[int] = set()
         self._virtual_time = 0.0
         self._tokens = 0
         self._entries = 0
@@ -62,12 +67,13 @@ class Scheduler:
         lengths = [entry.length for entry in entries]
         cost = len(lengths) * max(lengths) if self._padded else sum(lengths)
         large = cost > self._max_batch_tokens
-        for place, entry in enumerate(entries):
+        for place, (entry, length) in enumerate(zip(entries, lengths, strict=True)):
             entry.start = tag
-            tag += entry.length
-            bucket = self._waiting.setdefault((large, entry.length), [])
-            heapq.heappush(bucket, (entry.start, place, next(self._arrivals), entry))
-            self._tokens += entry.length
+            tag += length
+            kind, arrival = (large, length), next(self._arrivals)
+            heapq.heappush(self._waiting.setdefault(kind, []), (entry.start, place, arrival, entry))
+            self._kinds.setdefault(entry.request, {})[arrival] = kind
+            self._tokens += length
         self._entries += len(entries)
 
     def next_batch(self, *, cores: int = 1) -> list[Entry]:
@@ -104,32 +110,43 @@ class Scheduler:
 
     def discard(self, request: Request) -> None:
         """Forget what still waits of ``request``."""
-        for kind, bucket in list(self._waiting.items()):
-            kept = [item for item in bucket if item[-1].request is not request]
-            removed = len(bucket) - len(kept)
-            if not removed:
-                continue
-            self._entries -= removed
-            self._tokens -= removed * kind[1]
-            if kept:
-                heapq.heapify(kept)
-                self._waiting[kind] = kept
-            else:
-                del self._waiting[kind]
+        arrivals = self._kinds.pop(request, {})
+        self._discarded.update(arrivals)
+        self._entries -= len(arrivals)
+        self._tokens -= sum(length for _, length in arrivals.values())
+        for kind in set(arrivals.values()):
+            self._drop_discarded(kind)
+        if len(self._discarded) > self._entries:  # so they never hold more memory than the others
+            for bucket in self._waiting.values():
+                bucket[:] = [item for item in bucket if item[2] not in self._discarded]
+                heapq.heapify(bucket)
+            self._discarded.clear()
 
     def clear(self) -> None:
         """Forget all that waits."""
         self._waiting.clear()
+        self._kinds.clear()
+        self._discarded.clear()
         self._entries = self._tokens = 0
 
     def _pop(self, kind: _Kind) -> Entry:
+        _, _, arrival, entry = heapq.heappop(self._waiting[kind])
+        self._drop_discarded(kind)
+        arrivals = self._kinds[entry.request]
+        del arrivals[arrival]
+        if not arrivals:
+            del self._kinds[entry.request]
+        self._entries -= 1
+        self._tokens -= kind[1]
+        return entry
+
+    def _drop_discarded(self, kind: _Kind) -> None:
+        """Let ``kind`` begin with an entry that waits, or be gone."""
         bucket = self._waiting[kind]
-        entry = heapq.heappop(bucket)[-1]
+        while bucket and bucket[0][2] in self._discarded:
+            self._discarded.remove(heapq.heappop(bucket)[2])
         if not bucket:
             del self._waiting[kind]
-        self._entries -= 1
-        self._tokens -= entry.length
-        return entry
 
 
 def _near(length: int, head: int) -> bool:

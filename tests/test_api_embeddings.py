@@ -211,11 +211,21 @@ def test_base64_holds_the_very_bits_of_the_numbers(client: httpx.Client) -> None
 # dimensions
 
 
-@pytest.mark.parametrize("dimensions", [1, 128, 384, 385, 0, -1])
-def test_dimensions_need_a_model_trained_for_them(client: httpx.Client, dimensions: int) -> None:
+@pytest.mark.parametrize("dimensions", [1, 128, 383, 385, 0, -1])
+def test_other_sizes_need_a_model_trained_for_them(client: httpx.Client, dimensions: int) -> None:
     error = refused(client, "a", dimensions=dimensions)
     assert error["param"] == "dimensions"
-    assert "384" in error["message"]
+    assert "leave out 'dimensions', or send its full size, 384" in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/openai/v1/embeddings"])
+def test_the_full_size_is_given_by_every_model(client: httpx.Client, path: str) -> None:
+    """LangChain, Dify and Weaviate always send it."""
+    body = {"model": MODEL, "input": TEXTS}
+    plain = client.post(path, json=body)
+    sized = client.post(path, json={**body, "dimensions": 384})
+    assert plain.status_code == sized.status_code == 200
+    assert sized.json() == plain.json()
 
 
 # input_type and prompt

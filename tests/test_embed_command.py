@@ -223,6 +223,11 @@ def test_dimensions(model: str, embedder: Embedder, tmp_path: Path, name: str) -
     same(vectors, cut / np.linalg.norm(cut, axis=1, keepdims=True))
 
 
+def test_the_models_full_size(model: str, embedder: Embedder) -> None:
+    done = embed(model, "--dimensions", f"{embedder.info.dims}", stdin=lines(*TEXTS))
+    same(vectors_of(done.stdout), embedder.embed(TEXTS))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

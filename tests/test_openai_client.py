@@ -155,6 +155,11 @@ def test_our_own_fields_go_through_extra_body(server: LiveServer) -> None:
     assert np.linalg.norm(answer.data[0].embedding) > 1.5
 
 
+def test_the_models_full_size(client: OpenAI) -> None:
+    answer = client.embeddings.create(model=MODEL, input="a", dimensions=384)
+    assert len(answer.data[0].embedding) == 384
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

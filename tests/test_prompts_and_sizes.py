@@ -157,6 +157,11 @@ def test_nomic_v1_has_one_size(served: Served) -> None:
     answer = served.post("nomic-embed-text-v1", dimensions=64)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "dimensions"
+    full = served.embed("nomic-embed-text-v1")
+    assert difference(served.embed("nomic-embed-text-v1", dimensions=96), full) == 0
+    unscaled = served.embed("nomic-embed-text-v1", normalize=False)
+    sized = served.embed("nomic-embed-text-v1", dimensions=96, normalize=False)
+    assert difference(sized, unscaled) == 0
 
 
 def test_sizes_given_by_a_setting(served: Served) -> None:

@@ -122,7 +122,9 @@ class OpenAIEmbeddingsRequest(_Request):
         None, description="float: a list of numbers (default); base64: of the little-endian values"
     )
     dimensions: int | None = Field(
-        None, description="cut to that many values, then normalise (Matryoshka models only)"
+        None,
+        description="cut to that many values, then normalise; fewer than the model's full size "
+        "only if it is a Matryoshka model",
     )
     user: str | None = Field(None, description="accepted, unused")
 

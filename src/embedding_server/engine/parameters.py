@@ -31,13 +31,16 @@ class EmbedParams:
 
 
 def check_dimensions(info: ModelInfo, dimensions: int | None) -> None:
-    """Raise InvalidRequest if the model can't cut its vectors to ``dimensions``."""
-    if dimensions is None:
+    """Raise InvalidRequest if the model can't give vectors of ``dimensions`` values.
+
+    Its full size is given by every model: many clients always send it.
+    """
+    if dimensions is None or dimensions == info.dims:
         return
     if info.dimensions is None:
         raise InvalidRequest(
             f"The model {info.name!r} was not trained for shorter vectors: leave out "
-            f"'dimensions' and take its {info.dims} values.",
+            f"'dimensions', or send its full size, {info.dims}.",
             param="dimensions",
         )
     if not 1 <= dimensions <= info.dims:

@@ -87,6 +87,7 @@ def test_what_is_no_text_is_refused(embedder: Embedder, value: Any) -> None:
     ("options", "shape", "dtype"),
     [
         ({}, (0, 32), np.float32),
+        ({"dimensions": 32, "input_type": "query"}, (0, 32), np.float32),
         ({"output_dtype": "int8"}, (0, 32), np.int8),
         ({"output_dtype": "uint8"}, (0, 32), np.uint8),
         ({"output_dtype": "ubinary"}, (0, 4), np.uint8),
@@ -99,6 +100,32 @@ def test_no_texts_are_no_vectors(
 ) -> None:
     vectors = embedder.embed([], **options)
     assert (vectors.shape, vectors.dtype) == (shape, dtype)
+
+
+@pytest.mark.parametrize("texts", [[], ["a text"]], ids=["no-texts", "one"])
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"dimensions": 10**6}, "dimensions"),
+        ({"dimensions": 8}, "dimensions"),
+        ({"input_type": "poem"}, "input_type"),
+        ({"input_type": "query", "prompt": "read: "}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_with_texts_and_without(
+    embedder: Embedder, texts: list[str], options: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        embedder.embed(texts, **options)
+    assert caught.value.param == param
+
+
+def test_no_texts_are_cut_too(folder: Path) -> None:
+    with Embedder(str(folder), matryoshka=(8, 16)) as embedder:
+        assert embedder.embed([], dimensions=8).shape == (0, 8)
+        assert embedder.embed([], dimensions=16, output_dtype="ubinary").shape == (0, 2)
 
 
 def test_token_ids(embedder: Embedder) -> None:

@@ -13,13 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from embedding_server.engine.engine import Embeddings, Engine
 from embedding_server.engine.info import ModelInfo
 from embedding_server.engine.parameters import EmbedParams
-from embedding_server.engine.postprocess import OutputDtype, postprocess
+from embedding_server.engine.postprocess import OutputDtype
 from embedding_server.engine.tokenizer import Input
 from embedding_server.errors import ConfigurationError, NotReady
 from embedding_server.models.choice import spec_of
@@ -144,9 +143,6 @@ class Embedder:
         if isinstance(inputs, str):
             raise TypeError("embed() takes a list of texts: write embed([text])")
         inputs = list(inputs)
-        if not inputs:
-            nothing = np.empty((0, self.info.dims), dtype=np.float32)
-            return postprocess(nothing, dimensions=dimensions, output_dtype=output_dtype)
         answer = self.embed_detailed(inputs, params)
         if answer.truncated:
             logger.warning(
@@ -156,7 +152,7 @@ class Embedder:
         return answer.vectors
 
     def embed_detailed(self, inputs: Sequence[Input], params: EmbedParams) -> Embeddings:
-        """As ``embed``, with every input's length and whether it was cut; at least one input."""
+        """As ``embed``, with every input's length and whether it was cut."""
         return self._loop.run(self._engine.embed, inputs, params)
 
     def close(self) -> None:

@@ -119,7 +119,7 @@ class Engine:
     async def embed(
         self, inputs: Sequence[Input], params: EmbedParams, stages: Stages | None = None
     ) -> Embeddings:
-        """The vectors of ``inputs``: all texts, or all lists of token ids.
+        """The vectors of ``inputs``: all texts, or all lists of token ids, or none.
 
         ``stages`` is told what the request passes, and when.
         Raises InvalidRequest for parameters or inputs this model can't take, Overloaded when
@@ -194,6 +194,8 @@ class Engine:
         """Queue every input or none, and wait for their vectors."""
         if not self.ready:
             raise NotReady(f"The model {self.info.name!r} is shutting down.")
+        if not encodings:
+            return np.empty((0, self.info.dims), dtype=np.float32)
         # Equal inputs are computed once.
         places: dict[Encoding, list[int]] = {}
         for place, encoding in enumerate(encodings):

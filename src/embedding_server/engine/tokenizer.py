@@ -150,7 +150,7 @@ class Tokenizer:
         def fit(ids: list[int], total: int) -> None:
             encodings.append(self._fit(len(encodings), ids, total, truncate, excluded))
 
-        if not isinstance(inputs[0], str):
+        if len(inputs) and not isinstance(inputs[0], str):
             for ids in self._encode_ids(inputs, prompt):
                 fit(ids, len(ids))
             yield encodings

@@ -655,6 +655,15 @@ def test_a_plain_folder_has_none_of_sentence_transformers_settings(tmp_path: Pat
     check_same(ours, reference.tokenizer)
 
 
+def test_a_plain_folder_of_model2vec(tmp_path: Path) -> None:
+    """sentence-transformers doesn't know it without a modules.json, which model2vec writes."""
+    folder = plain(tiny.make_static(tmp_path / "model").folder)
+    with pytest.raises(ValueError, match="model type `model2vec`"):
+        tiny.load_reference(tiny.TinyModel(folder, folder))
+    with pytest.raises(ModelNotSupported, match=r"no modules.json.*\.save_pretrained\(folder\)"):
+        read_layout(folder)
+
+
 def test_a_plain_causal_folder_is_pooled_at_its_last_token(tmp_path: Path) -> None:
     folder = plain(tiny.make_qwen3(tmp_path / "model").folder)
     path = folder / "tokenizer_config.json"

@@ -132,6 +132,12 @@ def _default_modules(folder: Path) -> list[Module]:
             "every text into the template. A modules.json keeps them as they are."
         )
     config = read_object(folder / "config.json")
+    if config.get("model_type") == "model2vec":
+        raise ModelNotSupported(
+            f"{folder} has a static model of model2vec and no modules.json, without which "
+            "sentence-transformers can't load it either. Save it again, which writes one: "
+            "StaticModel.from_pretrained(folder).save_pretrained(folder)."
+        )
     names = config.get("architectures") or [""]
     if not isinstance(names, list):
         raise ModelNotSupported(f"{folder / 'config.json'}: architectures can't be {names!r}.")

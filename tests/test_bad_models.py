@@ -247,6 +247,19 @@ def test_a_static_table_that_does_not_fit(what: str, tmp_path: Path) -> None:
     assert f"{folder}" in refusal(folder)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_dense_of_another_precision_than_the_table(dtype: str, tmp_path: Path) -> None:
+    """sentence-transformers rounds it as it loads it; saved in one precision it is the same."""
+    model = tiny_models.make_static(tmp_path / "static", dtype=dtype, dense=(24, "tanh"))
+    assert f"{model.folder / '1_Dense' / WEIGHTS} is F32" in refusal(model.folder)
+    reference = tiny_models.load_reference(model).float()
+    reference.save_pretrained(str(tmp_path / "saved"))
+    texts = tiny_models.texts(20, seed=4)
+    with Embedder(str(tmp_path / "saved"), backend="onnx") as embedder:
+        difference = embedder.embed(texts) - reference.encode(texts, normalize_embeddings=True)
+    assert np.abs(difference).max() < 1e-5
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -113,8 +113,9 @@ def test_dense(family: str, dense: tuple[int, str], tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_static_layouts(options: dict[str, Any], tmp_path: Path) -> None:
-    model = make("static", tmp_path / "static", **options)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_static_layouts(dtype: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = make("static", tmp_path / "static", dtype=dtype, **options)
     assert_exact(model, [*BODY, *tiny_models.ODD_TEXTS])
 
 

@@ -37,6 +37,15 @@ def test_every_family_is_exact(family: str, tmp_path: Path) -> None:
     assert result.exact, result
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["bert", "static"])
+def test_half_precision_is_compared_in_float32(family: str, dtype: str, tmp_path: Path) -> None:
+    folder = FAMILIES[family](tmp_path / family, dtype=dtype).folder
+    with Embedder(str(folder), backend="onnx" if family != "static" else "auto") as embedder:
+        result = verify.verify_vectors(embedder, folder)
+    assert result.exact, result
+
+
 def test_a_wrong_vector_is_found(tmp_path: Path) -> None:
     """The embedder of one model against the files of another."""
     right = make_bert(tmp_path / "right").folder

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Static embedding models (model2vec, potion): a table of token vectors and their mean."""
+"""Static embedding models (model2vec, potion): a table of token vectors and their mean.
+
+A table in half precision is computed in float32, as all weights are. sentence-transformers keeps
+its precision unless it is asked for float32; see "Precision" in docs/models.md.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +49,7 @@ class StaticBackend:
         weights = Weights.open(pipeline.transformer)
         table = _read_table(weights)
         weights.check_all_read()
+        _check_dense(pipeline, weights)
         return cls(table, Projection.from_modules(pipeline.modules, table.shape[1]))
 
     def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
@@ -82,6 +87,23 @@ def _read_table(weights: Weights) -> NDArray[np.float32]:
             )
         table = table * factors[:, None]
     return table
+
+
+def _check_dense(pipeline: Pipeline, weights: Weights) -> None:
+    """Refuse what sentence-transformers rounds as it loads it, even when it computes in float32."""
+    name = "embedding.weight" if "embedding.weight" in weights else "embeddings"
+    kept = weights[name].dtype
+    if kept == "F32" or "weights" in weights:  # which it multiplies in float32
+        return
+    for module in pipeline.modules:
+        if module.kind == "Dense":
+            for tensor in Weights.open(module.folder).values():
+                if tensor.dtype != kept:
+                    raise ModelNotSupported(
+                        f"{tensor.file} is {tensor.dtype}, which sentence-transformers rounds to "
+                        f"the {kept} of {name!r} in {weights[name].file}. Save both in one "
+                        "precision: SentenceTransformer(folder).float().save_pretrained(folder)."
+                    )
 
 
 def _checked(weights: Weights, name: str, values: _Values, axes: int) -> _Values:

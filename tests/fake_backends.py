@@ -19,7 +19,10 @@ from embedding_server.backends.base import BackendOptions, Pipeline
 from embedding_server.backends.onnx import PackedBackend
 from embedding_server.engine.batch import Batch
 
-__all__ = ["FAULTS", "RELEASE", "Blocked", "Broken", "Failing", "Faulty", "NotFinite", "Working"]
+__all__ = [
+    *("FAULTS", "RELEASE", "Blocked", "Broken", "Failing", "Faulty", "Leaving", "NotFinite"),
+    "Working",
+]
 
 
 class Working:
@@ -70,6 +73,14 @@ class Broken(Working):
     def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
         self.computed = True
         return super().embed(batch)
+
+
+class Leaving(Working):
+    """Ends the program that loads it."""
+
+    @classmethod
+    def load(cls, pipeline: Pipeline, options: BackendOptions) -> Self:
+        raise SystemExit(3)
 
 
 class Blocked(Working):

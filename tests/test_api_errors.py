@@ -425,8 +425,17 @@ def test_a_stop_answers_what_was_accepted(
         assert job.result().status_code == 200
 
 
+def test_what_is_no_exception_while_loading(
+    use_backend: Any, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a panic of Rust's: it is told, and the server not left loading for ever."""
+    use_backend(fake_backends.Leaving)
+    with serving(wait=False, model=(str(tiny_model),), backend="onnx"):
+        until(lambda: "No model is served: SystemExit while loading a model" in caplog.text)
+
+
 def test_a_dead_batch_loop(use_backend: Any, tiny_model: Path) -> None:
-    """Requests fail at once, readiness turns red, and the process can be replaced."""
+    """Requests fail at once, and both health routes say so until the process is replaced."""
     use_backend(fake_backends.Broken)
     with (
         serving(model=(str(tiny_model),), backend="onnx") as server,
@@ -435,7 +444,7 @@ def test_a_dead_batch_loop(use_backend: Any, tiny_model: Path) -> None:
         for _ in range(2):
             assert "tiny" in error_of(embed(client, "river", "tiny"), 503)["message"]
         assert "tiny is failed" in error_of(client.get("/health/ready"), 503)["message"]
-        assert client.get("/health/live").status_code == 200
+        assert "tiny has died" in error_of(client.get("/health/live"), 503)["message"]
 
 
 # 500

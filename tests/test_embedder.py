@@ -256,6 +256,20 @@ def test_closing_under_way_fails_what_waits(folder: Path) -> None:
         assert {future.result(60) for future in futures} == {"not ready"}
 
 
+class Leaving(list[int]):
+    """Ends the program that asks for its length."""
+
+    def __len__(self) -> int:
+        raise SystemExit(3)
+
+
+def test_an_input_that_breaks_the_event_loop_off(folder: Path) -> None:
+    with Embedder(str(folder)) as embedder:
+        with pytest.raises(SystemExit):
+            embedder.embed([Leaving()])
+        assert embedder.embed(["river"]).shape == (1, 32)
+
+
 def test_a_script_need_not_close(folder: Path) -> None:
     program = (
         "import sys; from embedding_server import Embedder;"

@@ -831,6 +831,27 @@ def test_nothing_waits_for_cores_that_hang(exclusive: bool) -> None:
     run_on(bench, scenario)
 
 
+class Nameless(str):
+    """Can't be put into a message."""
+
+    def __format__(self, _: str) -> str:
+        raise ZeroDivisionError("no name")
+
+
+def test_a_look_that_fails_is_not_the_last() -> None:
+    async def scenario() -> None:
+        cores = Cores(2, timeout=0.05, executor=(executor := FakeExecutor()))
+        executor.held = True
+        cores.take(2)
+        cores.run(lambda: None, 1, owner=Nameless())
+        other = cores.run(lambda: None, 1, owner="other")
+        with pytest.raises(InferenceTimedOut, match="other"):
+            await other
+        assert cores.broken.is_set()
+
+    run(scenario())
+
+
 def test_who_needs_all_cores_does_not_keep_others_from_what_is_left() -> None:
     async def scenario() -> None:
         cores = Cores(2, timeout=0.05, executor=(executor := FakeExecutor()))
@@ -890,6 +911,7 @@ def test_a_dead_loop_fails_what_waits_and_is_not_ready(caplog: pytest.LogCapture
             with pytest.raises(NotReady, match="has stopped"):
                 await task
         assert not bench.engine.ready
+        assert bench.cores.broken.is_set()
         with pytest.raises(NotReady, match="not running"):
             await bench.send("4")
 

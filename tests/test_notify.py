@@ -12,8 +12,11 @@ import httpx
 import pytest
 from fake_backends import RELEASE
 from faulty_server import PROGRAM
+from faulty_workers import PROGRAM as BROKEN
 from in_process import SECONDS, until
 from live import running_server, under_way
+
+from embedding_server.notify import Notifier
 
 MODEL = "all-MiniLM-L6-v2"
 
@@ -74,6 +77,36 @@ def test_from_start_to_end(told: Told, workers: int) -> None:
         told.next()
 
 
+def test_a_reload_that_fails_is_over(told: Told) -> None:
+    """A manager that waited for its end would give the server up."""
+    notifier = Notifier(told.environment["NOTIFY_SOCKET"])
+    notifier.ready()
+    with pytest.raises(ZeroDivisionError), notifier.reloading():
+        raise ZeroDivisionError
+    assert [told.next()[0] for _ in range(3)] == ["READY=1", "RELOADING=1", "READY=1"]
+
+
+def test_the_watchdog_hears_nothing_when_an_engine_has_died(told: Told) -> None:
+    env = {**told.environment, "WATCHDOG_USEC": "100000"}
+    with running_server("--model", MODEL, env=env, program=BROKEN, wait=False) as server:
+        told.until("READY=1")
+        told.until("WATCHDOG=1")
+        body = {"model": MODEL, "input": "iPhone"}
+        assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 503
+        assert httpx.get(f"{server.url}/health/live").status_code == 503
+        until(lambda: silent(told))
+
+
+def silent(told: Told) -> bool:
+    """Whether nothing comes for a while."""
+    told.socket.settimeout(0.5)
+    try:
+        told.next()
+    except TimeoutError:
+        return True
+    return False
+
+
 def test_it_is_not_ready_before_its_models_are(told: Told, tmp_path: Path) -> None:
     """Also when a signal comes meanwhile."""
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
@@ -91,23 +124,14 @@ def test_the_watchdog_hears_nothing_while_a_batch_hangs(told: Told, tmp_path: Pa
     release = tmp_path / "release"
     env = {**told.environment, "WATCHDOG_USEC": "100000", RELEASE: str(release)}
     flags = ("--model", MODEL, "--threads", "1", "--inference-timeout", "0.3")
-    with running_server(*flags, env=env, program=PROGRAM) as server:
+    with running_server(*flags, env=env, program=PROGRAM, wait=False) as server:
         told.until("READY=1")
         for _ in range(3):
             told.until("WATCHDOG=1")
         body = {"model": MODEL, "input": "please wait"}
         assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 503
         assert httpx.get(f"{server.url}/health/live").status_code == 503
-        told.socket.settimeout(0.5)
-
-        def silent() -> bool:
-            try:
-                told.next()
-            except TimeoutError:
-                return True
-            return False
-
-        until(silent)
+        until(lambda: silent(told))
         release.touch()
         told.socket.settimeout(SECONDS)
         told.until("WATCHDOG=1")
@@ -116,7 +140,7 @@ def test_the_watchdog_hears_nothing_while_a_batch_hangs(told: Told, tmp_path: Pa
 
 def test_the_watchdog_of_another_process(told: Told) -> None:
     env = {**told.environment, "WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"}
-    with running_server("--model", MODEL, env=env) as server:
+    with running_server("--model", MODEL, env=env, wait=False) as server:
         told.until("READY=1")
         server.process.terminate()
         assert told.until("STOPPING=1") == []
@@ -124,7 +148,7 @@ def test_the_watchdog_of_another_process(told: Told) -> None:
 
 def test_several_processes_have_one_watchdog(told: Told) -> None:
     env = {**told.environment, "WATCHDOG_USEC": "200000"}
-    with running_server("--model", MODEL, "--workers", "2", env=env):
+    with running_server("--model", MODEL, "--workers", "2", env=env, wait=False):
         told.until("READY=1")
         for _ in range(3):
             told.until("WATCHDOG=1")

@@ -3,17 +3,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import resource
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+from ending_server import PROGRAM as ENDING
+from faulty_workers import NONSENSE, PROGRAM
 from in_process import until
-from live import LiveServer, run_cli, running_server, told_again, under_way
+from live import LiveServer, environment, run_cli, running_server, told_again, under_way
+
+from embedding_server.settings import Settings
+from embedding_server.supervisor import restart_wait
 
 MODEL = "all-MiniLM-L6-v2"
 
@@ -209,6 +219,99 @@ def test_a_worker_that_can_not_be_started_is_tried_again() -> None:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
         until(lambda: server.log.count("is ready (process") == 3)
         assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("ends", "seconds"),
+    [(1, 0.5), (2, 1), (6, 16), (7, 30), (10, 30), (1024, 30), (1025, 30), (10**6, 30)],
+)
+def test_waits_before_a_worker_is_started_again(ends: int, seconds: float) -> None:
+    assert restart_wait(ends) == seconds
+
+
+def test_a_signal_without_a_name() -> None:
+    with running_server("--model", MODEL, "--workers", "2") as server:
+        until(lambda: server.log.count("is ready (process") == 2)
+        os.kill(workers_of(server)[0], signal.SIGRTMIN + 1)
+        until(lambda: f"ended with signal {signal.SIGRTMIN + 1}" in server.log)
+        until(lambda: server.log.count("is ready (process") == 3)
+        assert "Traceback" not in server.log
+
+
+def test_an_error_of_the_supervisor_ends_no_supervision(tmp_path: Path) -> None:
+    """The log has it, and the worker is started again, with none left behind."""
+    nonsense = tmp_path / "nonsense"
+    flags = ("--model", MODEL, "--workers", "2")
+    with running_server(*flags, program=PROGRAM, env={NONSENSE: str(nonsense)}) as server:
+        until(lambda: server.log.count("is ready (process") == 2)
+        nonsense.touch()
+        os.kill(workers_of(server)[0], signal.SIGKILL)
+        until(lambda: server.log.count("ended with an error of its supervisor") == 2)
+        assert len(workers_of(server)) == 1
+        assert "JSONDecodeError" in server.log
+        nonsense.unlink()
+        until(lambda: server.log.count("is ready (process") == 3)
+        waits = [
+            line.rpartition("again in ")[2]
+            for line in server.log.splitlines()
+            if "worker 1 ended" in line
+        ]
+        assert waits == ["0.5 s", "1 s", "2 s"]
+        assert server.stop() == 0
+
+
+def test_a_worker_whose_engine_dies_is_replaced() -> None:
+    """Probes would mostly reach its sibling."""
+    with running_server("--model", MODEL, "--workers", "2", program=PROGRAM) as server:
+        until(lambda: server.log.count("is ready (process") == 2)
+        body = {"model": MODEL, "input": "iPhone"}
+        assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 503
+        until(lambda: server.log.count("is ready (process") == 3)
+        assert f"the batch loop of {MODEL} died" in server.log
+        assert "an engine has died: this worker drains and ends" in server.log
+
+
+def test_a_worker_that_fails_at_its_supervisors_words(tmp_path: Path) -> None:
+    """It ends, and says why, so that another one is started."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, socket.create_server(("127.0.0.1", 0)) as listener:
+        descriptors = (listener.fileno(), theirs.fileno())
+        process = subprocess.Popen(
+            [sys.executable, "-m", "embedding_server.worker", "1", "0", *map(str, descriptors)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=descriptors,
+            env=environment({"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}),
+        )
+        assert process.stdin is not None
+        process.stdin.write(pickle.dumps(dict(Settings(model=(MODEL,)))))
+        process.stdin.close()
+        assert ours.recv(100) == b"ready\n"
+        ours.sendall(b"siblings {nonsense\n")
+        assert process.stderr is not None
+        with process.stderr as stream:
+            log = stream.read()
+        assert process.wait(30) == 1
+    assert b"a task of this worker failed" in log
+    assert b"JSONDecodeError" in log
+
+
+def test_a_worker_with_much_to_tell(tiny_model: Path, tmp_path: Path) -> None:
+    """What a file holds may be in its message; a line of any length would end the reading."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "config_sentence_transformers.json").write_text(json.dumps({"x" * 10**6: True}))
+    done = run_cli("serve", "--port", "0", "--workers", "2", "--model", str(model))
+    assert done.returncode == 1
+    assert b"embedding-server: " in done.stderr
+    assert b"xxx" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_server_that_ends_by_itself() -> None:
+    """Who restarts it must know."""
+    with running_server("--model", MODEL, program=ENDING, wait=False) as server:
+        assert server.process.wait(30) == 1
+        assert "the server has ended by itself" in server.log
 
 
 def test_a_failure_that_is_over_is_forgotten(tiny_model: Path, tmp_path: Path) -> None:

@@ -178,10 +178,19 @@ class _LoopThread:
         self._loop = asyncio.new_event_loop()
         self._workers = ThreadPoolExecutor(thread_name_prefix="embedder")
         self._loop.set_default_executor(self._workers)
-        self._thread = threading.Thread(target=self._loop.run_forever, name="embedder", daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(target=self._run_loop, name="embedder", daemon=True)
         self._closing = threading.Lock()
         self._closed = False
+        self._thread.start()
+
+    def _run_loop(self) -> None:
+        """Until it is stopped: what SystemExit breaks off would leave all that wait, waiting."""
+        while True:
+            try:
+                self._loop.run_forever()
+                return
+            except BaseException:
+                logger.exception("the event loop of an Embedder was broken off, and goes on")
 
     def run(
         self, work: Callable[P, Coroutine[Any, Any, Result]], *args: P.args, **kwargs: P.kwargs

@@ -60,9 +60,11 @@ class Notifier:
         """Around reading files again; nothing is told of it while the server starts or ends."""
         if self._state == "ready":
             self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        yield
-        if self._state == "ready":
-            self._send("READY=1")
+        try:
+            yield
+        finally:
+            if self._state == "ready":
+                self._send("READY=1")
 
     def stopping(self) -> None:
         """It drains; told once."""
@@ -71,7 +73,10 @@ class Notifier:
             self._send("STOPPING=1", "STATUS=draining: requests under way are finished")
 
     def watch(self, alive: Callable[[], bool]) -> None:
-        """In the running event loop: be heard as often as the manager asks, while ``alive()``."""
+        """In the running event loop: be heard as often as the manager asks, while ``alive()``.
+
+        Should it raise, the manager hears no more, and restarts the server.
+        """
         if self._watchdog is None:
             return
         if alive():

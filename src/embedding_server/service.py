@@ -76,14 +76,18 @@ class Service:
         gc.set_threshold(_GC_ALLOCATIONS)
         _allow_many_connections()
         self._server.run(listener, self._start)
+        code = 0
+        if not self.app.state.draining:
+            logger.critical("the server has ended by itself; the lines above say why")
+            code = 1
         registry: Registry = self.app.state.registry
         if registry.loading or registry.stuck:
             # Its thread is in the middle of native code, which the interpreter's end would abort.
             logging.shutdown()
-            os._exit(0)
+            os._exit(code)
         if self._load_error is not None:
             raise self._load_error
-        return 0
+        return code
 
     def drain(self) -> None:
         """Turn readiness red, accept no connection any more, finish what is under way and end."""
@@ -105,7 +109,7 @@ class Service:
     def _start(self) -> None:
         mind_signals(drain=self.drain, cut=lambda: None, reload=self.reload)
         registry: Registry = self.app.state.registry
-        self._notifier.watch(lambda: not registry.hung)  # as /health/live
+        self._notifier.watch(lambda: not (registry.hung or registry.dead))  # as /health/live
         self._on_start()
 
     def _loaded(self) -> None:

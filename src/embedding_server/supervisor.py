@@ -23,15 +23,16 @@ from embedding_server.notify import Notifier
 from embedding_server.settings import Settings
 from embedding_server.signals import mind_signals
 
-__all__ = ["Supervisor"]
+__all__ = ["Supervisor", "restart_wait"]
 
 logger = logging.getLogger(__name__)
 
 # A worker that has been ready for so long doesn't keep ending.
 _STEADY_SECONDS = 20.0
 
-# Waits before a worker that keeps ending is started again: doubled each time.
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
+# Waits before a worker that keeps ending is started again: doubled each time, and past so many
+# doublings over the longest. A float ends at some thousand of them.
+_FIRST_WAIT, _LONGEST_WAIT, _DOUBLINGS = 0.5, 30.0, 6
 
 # So many ends in a row are a crash loop: readiness says so.
 _LOOP = 3
@@ -110,34 +111,61 @@ class Supervisor:
         return 0
 
     async def _keep(self, worker: _Worker, listener: socket.socket) -> None:
-        """Run ``worker``, again and again."""
+        """Run ``worker``, again and again, whatever happens to it or to its supervision."""
         while not self._draining.is_set():
             try:
-                end = _told(await self._run_once(worker, listener))
-            except OSError as error:  # no memory, process or descriptor is to be had now
+                end = _describe(await self._run_once(worker, listener))
+            except OSError as error:  # no memory, process or descriptor is available now
                 end = f"no process ({error.strerror})"
+            except Exception:
+                logger.exception("supervising worker %d failed", worker.number)
+                end = "an error of its supervisor"
             if self._draining.is_set():
                 return
             if self._failure is not None:
                 self._draining.set()  # nothing would be better the next time
                 return
-            worker.ends += 1
-            wait = min(_FIRST_WAIT * 2 ** (worker.ends - 1), _LONGEST_WAIT)
+            wait = restart_wait(worker.ends)
             logger.error(
                 "worker %d ended with %s; it is started again in %g s",
                 *(worker.number, end, wait),
             )
-            self._tell_siblings()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), wait)
 
     async def _run_once(self, worker: _Worker, listener: socket.socket) -> int:
-        """Run ``worker`` from its start to its end; its exit code."""
+        """Run ``worker`` from its start to its end; its exit code.
+
+        Its process does not outlive the call, whatever is raised.
+        """
+        try:
+            reader = await self._start(worker, listener)
+            assert worker.process is not None
+            with contextlib.suppress(ConnectionError):  # it was killed
+                async for line in reader:
+                    self._hear(worker, line.decode().strip())
+            return await worker.process.wait()
+        finally:
+            worker.ends += 1
+            process, worker.process = worker.process, None
+            if process is not None and process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+            if worker.steady is not None:
+                worker.steady.cancel()
+            if worker.control is not None:
+                worker.control.close()
+            _forget_gauges(worker, self._metrics)
+            self._tell_siblings()
+
+    async def _start(self, worker: _Worker, listener: socket.socket) -> asyncio.StreamReader:
+        """Start the process of ``worker``; what it writes."""
         ours, theirs = socket.socketpair()
         with theirs, contextlib.ExitStack() as undo:
             undo.callback(ours.close)
             descriptors = (listener.fileno(), theirs.fileno())
-            process = await asyncio.create_subprocess_exec(
+            worker.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "embedding_server.worker"),
                 *(str(number) for number in (worker.number, worker.starts, *descriptors)),
                 stdin=PIPE,
@@ -147,24 +175,13 @@ class Supervisor:
             undo.pop_all()
         worker.starts += 1
         reader, worker.control = await asyncio.open_connection(sock=ours)
-        worker.process = process
-        assert process.stdin is not None
-        process.stdin.write(pickle.dumps(dict(self._settings)))
-        process.stdin.close()
+        assert worker.process.stdin is not None
+        worker.process.stdin.write(pickle.dumps(dict(self._settings)))
+        worker.process.stdin.close()
         self._tell_siblings()
         if self._draining.is_set():  # since it was begun
             worker.command("drain")
-        try:
-            with contextlib.suppress(ConnectionError):  # it was killed
-                async for line in reader:
-                    self._hear(worker, line.decode().strip())
-            return await process.wait()
-        finally:
-            if worker.steady is not None:
-                worker.steady.cancel()
-            worker.process = None
-            worker.control.close()
-            _forget_gauges(worker, self._metrics)
+        return reader
 
     def _hear(self, worker: _Worker, line: str) -> None:
         what, _, message = line.partition(" ")
@@ -226,5 +243,15 @@ def _forget_gauges(worker: _Worker, metrics: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _told(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+def restart_wait(ends: int) -> float:
+    """Seconds before a worker is started again that has ended ``ends`` times in a row."""
+    return min(_FIRST_WAIT * 2.0 ** min(ends - 1, _DOUBLINGS), _LONGEST_WAIT)
+
+
+def _describe(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {-code}"

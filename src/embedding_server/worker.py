@@ -32,6 +32,9 @@ __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
+# Of a message, which as JSON must fit into one line of the supervisor's reader (64 KiB).
+_MESSAGE_CHARACTERS = 4096
+
 
 def main(number: int, starts: int, listener_descriptor: int, control_descriptor: int) -> int:
     """Serve until told to stop; the exit code."""
@@ -46,9 +49,9 @@ def main(number: int, starts: int, listener_descriptor: int, control_descriptor:
     try:
         worker = _Worker(settings, control, again=starts > 0)
         with socket.socket(fileno=listener_descriptor) as listener:
-            return worker.service.run(listener)
+            return worker.service.run(listener) or int(worker.failed)
     except EmbeddingServerError as error:
-        _tell(control, f"failed {json.dumps(str(error))}")
+        _tell(control, f"failed {json.dumps(str(error)[:_MESSAGE_CHARACTERS])}")
         return 1
 
 
@@ -61,14 +64,25 @@ class _Worker:
             on_start=self._start,
             on_loaded=lambda: _tell(control, "ready"),
         )
+        self.failed = False
+        """Whether a task that listens to the supervisor or watches the engines has failed."""
         self._control = control
         telemetry: Telemetry = self.service.app.state.telemetry
         telemetry.runs_in_worker(supervisor=os.getppid(), again=again)
 
     def _start(self) -> None:
         self._tasks = [
-            asyncio.ensure_future(work) for work in (self._obey(), self._end_when_hung())
+            asyncio.ensure_future(work) for work in (self._obey(), self._end_when_broken())
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Nobody obeys or watches any more: the supervisor must start another worker."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.failed = True
+            logger.critical("a task of this worker failed: it drains and ends", exc_info=error)
+            self.service.drain()
 
     async def _obey(self) -> None:
         reader, writer = await asyncio.open_connection(sock=self._control.dup())
@@ -88,11 +102,11 @@ class _Worker:
             writer.close()
             self.service.drain()
 
-    async def _end_when_hung(self) -> None:
+    async def _end_when_broken(self) -> None:
         """To be replaced: a probe would mostly reach a sibling, and find it alive."""
         registry: Registry = self.service.app.state.registry
-        await registry.until_hung()
-        logger.critical("a batch hangs: this worker drains and ends")
+        await registry.until_broken()
+        logger.critical("a batch hangs or an engine has died: this worker drains and ends")
         self.service.drain()
 
 

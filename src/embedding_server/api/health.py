@@ -23,12 +23,17 @@ router = APIRouter(tags=["operations"])
     responses=errors(503),
 )
 async def live(request: Request) -> ServerStatus:
-    """Whether the process answers at all and no batch hangs; never waits on inference."""
+    """Whether the process answers, no batch hangs and no engine died; never waits on inference."""
     registry: Registry = request.app.state.registry
     if registry.hung:
         raise InferenceTimedOut(
             f"A batch of {' and '.join(registry.hung)} has taken longer than --inference-timeout "
             "and may never end: restart the process."
+        )
+    if registry.dead:
+        raise NotReady(
+            f"The engine of {' and '.join(registry.dead)} has died; the log says why: restart the "
+            "process."
         )
     return ServerStatus(status="live")
 

@@ -359,6 +359,7 @@ class BatchLoop:
         self._failure = failure or asyncio.CancelledError()
         if failure is not None:
             logger.critical("the batch loop of %s died", self._name, exc_info=failure)
+            self._cores.broken.set()
         for request in self._pending:
             request.fail(NotReady(f"The model {self._name!r} has stopped."))
 

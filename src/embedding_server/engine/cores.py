@@ -62,8 +62,8 @@ class Cores:
         self._running: dict[Future[Any], _Running] = {}
         self._watch: asyncio.TimerHandle | None = None
         self._left_behind = False
-        self.hanging = asyncio.Event()
-        """Set once any work has hung."""
+        self.broken = asyncio.Event()
+        """Set once any work has hung or any batch loop has died."""
 
     @property
     def free(self) -> int:
@@ -156,31 +156,35 @@ class Cores:
 
     def _ended(self, job: Future[Any]) -> None:
         running = self._running.pop(job)
-        if running.overdue:
-            self.usable += running.cores
-            logger.warning("the batch of %s that took too long has ended", running.owner)
-        if not running.result.done():
-            _pass_on(job, running.result)
-        # After its result: a failed request leaves the queue before the next batch is chosen.
-        self.release(running.cores)
+        try:
+            if running.overdue:
+                self.usable += running.cores
+                logger.warning("the batch of %s that took too long has ended", running.owner)
+            if not running.result.done():
+                _pass_on(job, running.result)
+        finally:
+            # After its result: a failed request leaves the queue before the next batch is chosen.
+            self.release(running.cores)
 
     def _look(self) -> None:
         """One timer for all that runs, and none when nothing does."""
         assert self._timeout is not None
         self._watch = None
+        if not self._running:
+            return
+        # First, so that a look that fails is not the last one.
+        loop = asyncio.get_running_loop()
+        self._watch = loop.call_later(self._between_looks, self._look)
         for running in self._running.values():
             # Counted and not timed: when the whole process stood still, nothing hung.
             running.looks += 1
             seconds = (running.looks - 1) * self._between_looks
             if seconds >= self._timeout and not running.overdue:
                 self._give_up(running)
-        if self._running:
-            loop = asyncio.get_running_loop()
-            self._watch = loop.call_later(self._between_looks, self._look)
 
     def _give_up(self, running: _Running) -> None:
         running.overdue = True
-        self.hanging.set()
+        self.broken.set()
         self.usable -= running.cores
         if not running.result.done():
             running.result.set_exception(self._timed_out(running.owner))

@@ -192,9 +192,14 @@ class Registry:
         """The models of which a batch is over its time, now."""
         return self._cores.overdue
 
-    async def until_hung(self) -> None:
-        """Wait for a batch to be over its time."""
-        await self._cores.hanging.wait()
+    @property
+    def dead(self) -> Sequence[str]:
+        """The models whose engine has ended."""
+        return [name for name, engine in self._engines.items() if not engine.ready]
+
+    async def until_broken(self) -> None:
+        """Wait for a batch to be over its time or an engine to die."""
+        await self._cores.broken.wait()
 
     @property
     def ready(self) -> bool:
@@ -252,8 +257,12 @@ async def _in_own_thread(work: Callable[[], Result]) -> Result:
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:
+        except Exception as error:
             future.set_exception(error)
+        except BaseException as error:  # a panic, perhaps; who waits for it expects an Exception
+            wrapped = RuntimeError(f"{type(error).__name__} while loading a model: {error}")
+            wrapped.__cause__ = error
+            future.set_exception(wrapped)
 
     threading.Thread(target=run, name="loading a model", daemon=True).start()
     return await asyncio.wrap_future(future)

@@ -90,8 +90,8 @@ async def reporting(telemetry: Telemetry, source: str, metrics: Any) -> AsyncIte
                 return
             try:
                 await report()
-            except Exception as error:  # nothing is lost: the next one tells it
-                logger.warning("metrics could not be reported: %s", error)
+            except Exception:  # nothing is lost: the next one tells it
+                logger.warning("metrics could not be reported", exc_info=True)
 
     task = asyncio.create_task(report_until_the_end(), name="reporting metrics")
     try:

@@ -428,7 +428,7 @@ def test_a_stop_answers_what_was_accepted(
 def test_what_is_no_exception_while_loading(
     use_backend: Any, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As a panic of Rust's: it is told, and the server not left loading for ever."""
+    """As a panic of Rust's: the log has it, and the server is not left loading for ever."""
     use_backend(fake_backends.Leaving)
     with serving(wait=False, model=(str(tiny_model),), backend="onnx"):
         until(lambda: "No model is served: SystemExit while loading a model" in caplog.text)

@@ -86,12 +86,13 @@ def test_a_reload_that_fails_is_over(told: Told) -> None:
     assert [told.next()[0] for _ in range(3)] == ["READY=1", "RELOADING=1", "READY=1"]
 
 
-def test_the_watchdog_hears_nothing_when_an_engine_has_died(told: Told) -> None:
+def test_the_watchdog_hears_nothing_when_an_engine_has_died(told: Told, tiny_model: Path) -> None:
     env = {**told.environment, "WATCHDOG_USEC": "100000"}
-    with running_server("--model", MODEL, env=env, program=BROKEN, wait=False) as server:
+    flags = ("--model", str(tiny_model))
+    with running_server(*flags, env=env, program=BROKEN, wait=False) as server:
         told.until("READY=1")
         told.until("WATCHDOG=1")
-        body = {"model": MODEL, "input": "iPhone"}
+        body = {"model": "tiny", "input": "iPhone"}
         assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 503
         assert httpx.get(f"{server.url}/health/live").status_code == 503
         until(lambda: silent(told))

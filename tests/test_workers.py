@@ -238,10 +238,10 @@ def test_a_signal_without_a_name() -> None:
         assert "Traceback" not in server.log
 
 
-def test_an_error_of_the_supervisor_ends_no_supervision(tmp_path: Path) -> None:
+def test_an_error_of_the_supervisor_ends_no_supervision(tiny_model: Path, tmp_path: Path) -> None:
     """The log has it, and the worker is started again, with none left behind."""
     nonsense = tmp_path / "nonsense"
-    flags = ("--model", MODEL, "--workers", "2")
+    flags = ("--model", str(tiny_model), "--workers", "2")
     with running_server(*flags, program=PROGRAM, env={NONSENSE: str(nonsense)}) as server:
         until(lambda: server.log.count("is ready (process") == 2)
         nonsense.touch()
@@ -260,14 +260,14 @@ def test_an_error_of_the_supervisor_ends_no_supervision(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
-def test_a_worker_whose_engine_dies_is_replaced() -> None:
+def test_a_worker_whose_engine_dies_is_replaced(tiny_model: Path) -> None:
     """Probes would mostly reach its sibling."""
-    with running_server("--model", MODEL, "--workers", "2", program=PROGRAM) as server:
+    with running_server("--model", str(tiny_model), "--workers", "2", program=PROGRAM) as server:
         until(lambda: server.log.count("is ready (process") == 2)
-        body = {"model": MODEL, "input": "iPhone"}
+        body = {"model": "tiny", "input": "iPhone"}
         assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 503
         until(lambda: server.log.count("is ready (process") == 3)
-        assert f"the batch loop of {MODEL} died" in server.log
+        assert "the batch loop of tiny died" in server.log
         assert "an engine has died: this worker drains and ends" in server.log
 
 

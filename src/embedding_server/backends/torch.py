@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
 from embedding_server.backends.architectures import (
@@ -44,6 +43,9 @@ _OLDER_KEYS = (
 
 # What it says of the CPU's memory and of Apple's, for which it has no exception.
 _NO_MEMORY = ("can't allocate memory", "out of memory")
+
+_PROBE = " One text, two: CAF\u00c9\n \u6771\u4eac "
+"""What a tokenizer that does more than its tokenizer.json says would give other ids for."""
 
 
 class TorchBackend:
@@ -136,8 +138,15 @@ class TorchBackend:
 def _own_tokenizer(tokenizer: Any) -> OwnTokenizer:
     if not tokenizer.is_fast:
         raise ModelNotSupported(f"The tokenizer {type(tokenizer).__name__} is not a fast one.")
+    # Itself and no copy, which would lack split_special_tokens; nothing else uses it from here on.
+    backend = tokenizer.backend_tokenizer
+    if tokenizer(_PROBE)["input_ids"] != backend.encode(_PROBE).ids:
+        raise ModelNotSupported(
+            f"The tokenizer {type(tokenizer).__name__} changes a text before it splits it, which "
+            "is not supported."
+        )
     return OwnTokenizer(
-        backend=tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        backend=backend,
         special_ids=frozenset(tokenizer.all_special_ids),
         keep_end=tokenizer.truncation_side == "left",
     )

@@ -91,6 +91,7 @@ class Tokenizer:
         ids = tokenizer.get_vocab(with_added_tokens=False).values()
         if max(ids, default=0) >= self.vocab_size:
             raise _apart(tokens, self.vocab_size)
+        _refuse_chance(tokenizer)
         self._cut_pattern = cut_pattern(tokenizer)
         try:
             ends = _special_tokens(tokenizer) if add_special_tokens else ([], [])
@@ -310,6 +311,24 @@ def _parts(texts: list[str]) -> Iterator[list[str]]:
     yield part
 
 
+def _refuse_chance(tokenizer: tokenizers.Tokenizer) -> None:
+    """Raise ModelNotSupported for what makes the ids of a text differ from one load to the next."""
+    if getattr(tokenizer.model, "dropout", None):
+        raise ModelNotSupported(
+            "The tokenizer's dropout splits texts at random: set it to null in tokenizer.json."
+        )
+    normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
+    seen: dict[str, str] = {}
+    for token in tokenizer.get_added_tokens_decoder().values():
+        if token.normalized:
+            other = seen.setdefault(normalize(token.content), token.content)
+            if other != token.content:
+                raise ModelNotSupported(
+                    f"The added tokens {other!r} and {token.content!r} are one after "
+                    "normalisation, and which one a text gets is left to chance: remove one."
+                )
+
+
 def _special_tokens(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and after every text."""
     if tokenizer.post_processor is None:
@@ -321,6 +340,11 @@ def _special_tokens(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[in
     if len(content) != 1:
         raise ModelNotSupported(
             "The tokenizer's post-processor drops or repeats texts, which is not supported."
+        )
+    if any(probe.type_ids):  # nowhere passed on to a model
+        raise ModelNotSupported(
+            "The tokenizer's post-processor gives a text other token types than 0, which is not "
+            "supported."
         )
     return probe.ids[: content[0]], probe.ids[content[0] + 1 :]
 

@@ -38,6 +38,7 @@ _REFUSED = (
     *("fast_tokenizer_files", "init_inputs", "model_specific_special_tokens", "processor_class"),
     *("tokenizer_object", "tokenizer_truncation", "tokenizer_padding", "post_processor"),
     *("_json_truncation", "_json_padding", "_spm_precompiled_charsmap"),
+    *("gguf_file", "trust_remote_code"),
 )
 """Settings that would lead transformers to other files, or into its own constructors."""
 

@@ -49,7 +49,7 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer in a transformer's ``folder``, whose ``config.json`` is ``config``.
 
-    With ``any_family`` the tokenizer.json of a family that isn't known is taken as it stands.
+    With ``any_family`` config.json may be of a family that isn't known, if its class is known.
     ``lowercase`` is sentence_bert_config.json's ``do_lower_case``. Raises ModelNotSupported,
     naming file and value, for what can't be done exactly.
     """
@@ -79,7 +79,8 @@ def load_tokenizer(
         made.post_processor = processors.BertProcessing(last, first)
     if lowercase:
         _lowercase_first(made)
-    return Tokenizer(
+    return _tokenizer(
+        files.path,
         made,
         max_tokens=max_tokens,
         vocab_size=config.get("vocab_size"),
@@ -99,13 +100,21 @@ def load_static_tokenizer(path: Path, *, vocab_size: int | None = None) -> Token
     limit: dict[str, Any] = backend.truncation or {"max_length": UNLIMITED}
     if limit.get("strategy") == "only_second":
         raise ModelNotSupported(f"{path} cuts the second text of a pair, and there is but one.")
-    return Tokenizer(
+    return _tokenizer(
+        path,
         backend,
         max_tokens=limit["max_length"],
         vocab_size=vocab_size,
         add_special_tokens=False,
         keep_end=limit.get("direction") == "left",
     )
+
+
+def _tokenizer(path: Path, made: tokenizers.Tokenizer, **options: Any) -> Tokenizer:
+    try:
+        return Tokenizer(made, **options)
+    except ModelNotSupported as refusal:
+        raise ModelNotSupported(f"{path}: {refusal}") from None
 
 
 # ----------------------------------------------------------------------------------- the classes
@@ -148,9 +157,9 @@ def _bert(files: TokenizerFiles, special: _Special) -> tokenizers.Tokenizer:
 
 
 def _mpnet(files: TokenizerFiles, special: _Special) -> tokenizers.Tokenizer:
-    mask = special["mask_token"]
-    if isinstance(mask, str):  # it takes the space before it along
-        special["mask_token"] = AddedToken(mask, lstrip=True)
+    for key, token in special.items():
+        if isinstance(token, str):  # the mask takes the space before it along
+            special[key] = AddedToken(token, lstrip=key == "mask_token")
     return _bert(files, special)
 
 
@@ -280,6 +289,35 @@ _CLASS_OF_MODEL: Mapping[str, str] = {
 _CLASS_IS_FIXED = ("modernbert", "qwen2")
 """Whatever the repository names (``MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS``)."""
 
+_OTHER_AS_IT_IS = (
+    *("arctic", "aria", "beam", "bigbird_pegasus", "camembertv2-base", "canary", "chatlm"),
+    *("cohere_asr", "ernie4_5", "ernie4_5_moe", "EvollaModel", "flex_olmo", "fuyu", "glm"),
+    *("glm4", "glm4_moe", "glm4_moe_lite", "glm4v", "glm4v_moe", "glm_image", "glmasr"),
+    *("got_ocr2", "gpt_bigcode", "gradium_phonon_tts", "granite", "granitemoe"),
+    *("granitemoehybrid", "granitemoeshared", "h2ovl_chat", "hyperclovax", "hyperclovax_vlm"),
+    *("internlm2", "internlm3", "iquestcoder", "jamba", "kimi_k25", "kimi_linear", "kosmos-2"),
+    *("llava", "llava_next", "mimo_v2_flash", "minicpm3", "minicpm_ocr", "minicpmv"),
+    *("minicpmv4_6", "minicpmv4_7", "minimax_m2", "ministral", "ministral3", "mistral"),
+    *("mistral3", "mistral_large4", "mixtral", "modernbert-decoder", "molmo", "molmo2"),
+    *("nemo_speechlm", "nemotron", "nvfp4", "nystromformer", "olmo2", "olmo3", "olmo_hybrid"),
+    *("opencua", "openvla", "paddleocr_vl", "pegasus_x", "persimmon", "phi3", "phi3_v", "phimoe"),
+    *("pix2struct", "pixtral", "pocket_tts", "smolvlm", "stablelm", "step3_vl", "umt5"),
+    *("vipllava", "voxtral", "voxtral_realtime", "xlm-roberta-xl"),
+)
+"""Families that run on a graph that they bring, with a TokenizersBackend whatever they name."""
+
+_OTHER_FIXED = (
+    *(
+        "hyperclovax_vision_v2",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "qwen4_exp",
+        "siglip2",
+    ),
+)
+"""The same, with a class that is not known here."""
+
 
 def _class_name(files: TokenizerFiles, config: Mapping[str, Any], any_family: bool) -> str:
     config_path = files.path.with_name("config.json")
@@ -287,21 +325,33 @@ def _class_name(files: TokenizerFiles, config: Mapping[str, Any], any_family: bo
         raise ModelNotSupported(f"{config_path}: inputs other than text are not supported.")
     model_type = config.get("model_type")
     usual = _CLASS_OF_MODEL.get(str(model_type))
-    if usual is None and any_family:
-        return "TokenizersBackend"
-    if usual is None:
-        raise ModelNotSupported(
-            f"{config_path}: the tokenizers of model_type {model_type!r} are not known here; "
-            f"those of {', '.join(_CLASS_OF_MODEL)} are."
-        )
-    named = files.settings.get("tokenizer_class") or config.get("tokenizer_class")
-    if not named or model_type in _CLASS_IS_FIXED:
+    named = files.settings.get("tokenizer_class")
+    if named is None:
+        named = config.get("tokenizer_class")
+    elif not named:  # transformers takes it for a class that it doesn't know
+        raise files.wrong("tokenizer_class", named)
+    if usual is not None and (not named or model_type in _CLASS_IS_FIXED):
         return usual
+    if usual is None:
+        if any_family and files.settings.get("fix_mistral_regex"):
+            raise files.wrong("fix_mistral_regex", True)
+        if any_family and model_type in _OTHER_AS_IT_IS:
+            return "TokenizersBackend"
+        if not any_family or not named or model_type in _OTHER_FIXED:
+            raise ModelNotSupported(
+                f"{config_path}: the tokenizers of model_type {model_type!r} are not known here; "
+                f"those of {', '.join(_CLASS_OF_MODEL)} are."
+            )
     name = str(named).removesuffix("Fast")
     if name not in TOKENIZER_CLASSES:
         raise ModelNotSupported(
             f"{files.settings_path}: tokenizer_class {named!r} is not known here; "
             f"{', '.join(TOKENIZER_CLASSES)} are."
+        )
+    if name != usual and config.get("model_name"):  # where it is a model_type, it counts as one
+        raise ModelNotSupported(
+            f"{config_path} sets model_name, which may stand for another class of tokenizer than "
+            f"{named!r}: remove it."
         )
     return name
 
@@ -316,11 +366,8 @@ def _add_tokens(
     extra: Sequence[Token],
 ) -> None:
     """Add the tokens that ``made`` lacks; the order matters, as new ones get the next ids."""
-    there = made.get_added_tokens_decoder().values()
-    # By all their settings: a token that differs in one replaces the one that is there.
-    same = {repr(token) for token in there}
-    tokens: list[Token] = [token for token in added if repr(token) not in same]
-    known = {str(token) for token in (*there, *tokens)}
+    tokens: list[Token] = list(added)
+    known = {str(token) for token in (*made.get_added_tokens_decoder().values(), *tokens)}
     for token in (*named.values(), *extra):
         if str(token) not in known and token not in tokens:
             tokens.append(token)

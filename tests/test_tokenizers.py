@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from minilm import minilm_folder
 
+from embedding_server.backends.torch import TorchBackend
 from embedding_server.engine.tokenizer import Tokenizer
 from embedding_server.errors import InvalidRequest, ModelNotSupported
 from embedding_server.models.layout import read_layout
@@ -456,6 +458,9 @@ def test_real_repositories(name: str, tmp_path: Path) -> None:
 REFUSALS = [
     ("tokenizer_config.json", "tokenizer_class", "CamembertTokenizer", "'CamembertTokenizer'"),
     ("tokenizer_config.json", "tokenizer_class", "RobertaTokenizer", "of a WordPiece model"),
+    ("tokenizer_config.json", "tokenizer_class", "", "tokenizer_class can't be ''"),
+    ("tokenizer_config.json", "trust_remote_code", True, "sets trust_remote_code"),
+    ("tokenizer_config.json", "gguf_file", "model.gguf", "sets gguf_file"),
     ("tokenizer_config.json", "do_lower_case", "yes", "do_lower_case can't be 'yes'"),
     ("tokenizer_config.json", "strip_accents", 1, "strip_accents can't be 1"),
     ("tokenizer_config.json", "truncation_side", "both", "truncation_side can't be 'both'"),
@@ -511,16 +516,128 @@ def test_models_that_the_class_would_not_keep(
         load(folder)
 
 
-def test_a_post_processor_that_repeats_the_text_is_refused(tmp_path: Path) -> None:
-    folder = tiny.make_modernbert(tmp_path / "model").folder
-    file = read(folder / "tokenizer.json")
+def text_twice(file: dict[str, Any]) -> None:
     file["post_processor"]["single"] *= 2
-    write(folder / "tokenizer.json", file)
-    with pytest.raises(ModelNotSupported, match="repeats"):
+
+
+def second_token_type(file: dict[str, Any]) -> None:
+    file["post_processor"]["single"][1]["Sequence"]["type_id"] = 1
+
+
+def dropout(file: dict[str, Any]) -> None:
+    file["model"]["dropout"] = 0.1
+
+
+def twins(file: dict[str, Any]) -> None:
+    last = file["added_tokens"][-1]["id"]
+    plain = {**ADDED, "single_word": False}
+    file["added_tokens"] += [
+        {**plain, "id": last + 1, "content": "\u00e9"},
+        {**plain, "id": last + 2, "content": "e\u0301"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (text_twice, "repeats"),
+        (second_token_type, "other token types than 0"),
+        (dropout, "dropout splits texts at random"),
+        (twins, "left to chance"),
+    ],
+)
+def test_files_that_are_not_taken_as_they_are(
+    change: Callable[[dict[str, Any]], None], says: str, tmp_path: Path
+) -> None:
+    folder = tiny.make_modernbert(tmp_path / "model").folder
+    path = folder / "tokenizer.json"
+    file = read(path)
+    change(file)
+    write(path, file)
+    with pytest.raises(ModelNotSupported, match=says) as caught:
         load(folder)
+    assert str(path) in str(caught.value)
+
+
+# ------------------------------------------------------------- families with graphs of their own
+
+
+def ids_of_all(tokenizer: Tokenizer) -> list[list[int]]:
+    return [ids(tokenizer, text or "x") for text in TEXTS]
+
+
+def test_families_that_are_not_known(tmp_path: Path) -> None:
+    """Each gets the class that transformers would take, or is refused."""
+    from transformers.models.auto import tokenization_auto as theirs
+
+    folder = tiny.make_bert(tmp_path / "model").folder
+    file = read(folder / "tokenizer.json")
+    write(folder / "tokenizer.json", {**file, "pre_tokenizer": {"type": "Whitespace"}})
+    path = folder / "tokenizer_config.json"
+    settings = {**read(path), "tokenizer_class": "BertTokenizerFast"}
+    write(path, settings)
+    config = read(folder / "config.json")
+
+    def load_as(model_type: str) -> Tokenizer:
+        family = {**config, "model_type": model_type}
+        return load_tokenizer(folder, family, max_tokens=LIMIT, any_family=True)
+
+    as_bert = ids_of_all(load_as("bert"))
+    check_same(load_as("bert"), load_theirs(folder))
+    write(path, {**settings, "tokenizer_class": "TokenizersBackend"})
+    as_it_is = ids_of_all(load_as("bert"))
+    assert as_it_is != as_bert
+    write(path, settings)
+    taken = theirs.TOKENIZER_MAPPING_NAMES
+    fixed = theirs.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    for model_type in (*taken, "unknown"):
+        if taken.get(model_type) == "TokenizersBackend":
+            assert ids_of_all(load_as(model_type)) == as_it_is, model_type
+        elif model_type in fixed:
+            with pytest.raises(ModelNotSupported, match=f"model_type '{model_type}'|Qwen2Tok"):
+                load_as(model_type)
+        else:
+            assert ids_of_all(load_as(model_type)) == as_bert, model_type
+    for model_type in ("nystromformer", "xlm-roberta-xl", "albert", "unknown"):
+        write(folder / "config.json", {**config, "model_type": model_type})
+        check_same(load_as(model_type), load_theirs(folder))
+        write(path, {**settings, "tokenizer_class": "AlbertTokenizer"})
+        if model_type in ("albert", "unknown"):
+            with pytest.raises(ModelNotSupported, match="'AlbertTokenizer' is not known"):
+                load_as(model_type)
+        write(path, settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "says"),
+    [
+        ({"tokenizer_class": None}, {}, "model_type 'unknown'"),
+        ({"fix_mistral_regex": True}, {}, "fix_mistral_regex can't be True"),
+        ({}, {"model_name": "llava"}, "sets model_name"),
+    ],
+)
+def test_what_may_name_another_class(
+    settings: dict[str, Any], config: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    folder = tiny.make_bert(tmp_path / "model", tokenizer_config=settings).folder
+    family = {**read(folder / "config.json"), "model_type": "unknown", **config}
+    with pytest.raises(ModelNotSupported, match=says):
+        load_tokenizer(folder, family, max_tokens=LIMIT, any_family=True)
 
 
 # ------------------------------------------------------------------- as sentence-transformers does
+
+
+def test_a_tokenizer_that_changes_texts_is_refused_on_torch() -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    class Shouting(PreTrainedTokenizerFast):
+        def __call__(self, text: str, **options: Any) -> Any:
+            return super().__call__(f"{text}!", **options)
+
+    model = SimpleNamespace(tokenizer=Shouting.from_pretrained(minilm_folder()))
+    with pytest.raises(ModelNotSupported, match="Shouting changes a text"):
+        TorchBackend(model, read_layout(minilm_folder()).pipeline)
 
 
 def load_model(folder: Path) -> Tokenizer:

@@ -32,7 +32,7 @@ LIMIT = 24
 
 TEXTS = [
     *tiny.ODD_TEXTS,
-    *tiny.texts(14, seed=4),
+    *tiny.texts(10, seed=4),
     "RIVER River river \u00c9t\u00e9 \u0130",
     "a [MASK] b [mask]c <mask> d  <MASK>e<mask>",
     "river </s> city <pad>b <|endoftext|> <|im_end|> x <think> y",

@@ -705,6 +705,7 @@ LENGTHS: list[dict[str, Any]] = [
     {"max_seq_length": 16},
     {"max_seq_length": None},
     {"max_seq_length": None, "tokenizer_config": {"model_max_length": 20}},
+    {"max_seq_length": None, "tokenizer_config": {"model_max_length": None, "max_len": 20}},
     {"max_seq_length": None, "tokenizer_config": {"model_max_length": 1e30}},
     {"max_seq_length": None, "tokenizer_config": {"model_max_length": 10**30}},
     {"max_seq_length": 50, "max_positions": 32},

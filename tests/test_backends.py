@@ -143,6 +143,9 @@ def test_auto_takes_the_models_own_file_where_no_graph_is_built(
     other = shutil.copytree(made.folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "not-built"}))
+    with pytest.raises(ModelNotSupported, match="--onnx-file onnx/model.onnx takes it"):
+        Embedder(str(other))  # it may be older than the weights
+    (other / "model.safetensors").unlink()
     with caplog.at_level(logging.INFO, "embedding_server"), Embedder(str(other)) as embedder:
         assert embedder.info.backend == "onnx-file"
         assert np.abs(embedder.embed(TEXTS) - expected).max() < 1e-5

@@ -577,8 +577,58 @@ def test_an_encoder_made_causal(name: str, backend: str, folder: Path, tmp_path:
 
 
 def test_a_key_that_nobody_knows(folder: Path) -> None:
+    """transformers' own class doesn't read it, so that torch computes as it does without."""
     in_json("config.json", some_key_of_tomorrow=7, another=None)(folder)
     assert "config.json sets 'some_key_of_tomorrow', not known here" in refusal(folder)
+    with Embedder(str(folder), backend="torch") as embedder:
+        assert embedder.embed(["one text"]).shape == (1, 24)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "torch"])
+def test_a_key_that_counts_and_that_transformers_drops(backend: str, folder: Path) -> None:
+    in_json("config.json", position_embedding_type="relative_key")(folder)
+    assert "position_embedding_type" in refusal(folder, backend=backend)
+
+
+def test_positions_of_a_family_that_rotates(tmp_path: Path) -> None:
+    """As multilingual ModernBERTs have it: their code reads no such key."""
+    config = {"position_embedding_type": "sans_pos"}
+    for backend in ("onnx", "torch"):
+        folder = tiny_models.make_modernbert(tmp_path / backend, config=config).folder
+        with Embedder(str(folder), backend=backend) as embedder:
+            assert embedder.embed(["one text"]).shape == (1, 32)
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnx", "torch"])
+def test_two_modules_of_one_name(backend: str, folder: Path) -> None:
+    """sentence-transformers keeps the later one, at the earlier one's place."""
+    modules = read(folder / "modules.json")
+    modules[2]["name"] = modules[1]["name"]
+    write(folder / "modules.json", modules)
+    assert "a name that no other has" in refusal(folder, backend=backend)
+    del modules[2]["name"]
+    write(folder / "modules.json", modules)
+    assert "a name that no other has" in refusal(folder, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnx", "torch"])
+def test_a_router(backend: str, folder: Path) -> None:
+    modules = read(folder / "modules.json")
+    modules[2]["type"] = "sentence_transformers.models.Router"
+    write(folder / "modules.json", modules)
+    assert "Router" in refusal(folder, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnx", "torch"])
+def test_a_rotary_embedding_that_depends_on_the_batch(backend: str, tmp_path: Path) -> None:
+    model = tiny_models.make_nomic_bert(
+        tmp_path / "nomic",
+        layout="v6",
+        rotary_scaling_factor=2.0,
+        max_trained_positions=16,
+        max_seq_length=64,
+    )
+    assert "'dynamic'" in refusal(model.folder, backend=backend)
 
 
 def test_one_model_twice_is_the_same_or_refused(folder: Path) -> None:
@@ -592,14 +642,24 @@ def test_one_model_twice_is_the_same_or_refused(folder: Path) -> None:
     assert f"only one of them has '{WORDS}'" in refusal(folder)
 
 
-def test_one_tensor_under_two_names(folder: Path) -> None:
+@pytest.mark.parametrize("backend", ["auto", "onnx", "torch"])
+def test_one_tensor_under_two_names(backend: str, folder: Path) -> None:
     """With a head's prefix and without, or by TensorFlow's name of a norm's weights."""
     for other in (f"bert.{WORDS}", "embeddings.LayerNorm.gamma"):
         name = WORDS if other.endswith(WORDS) else "embeddings.LayerNorm.weight"
         copy = shutil.copytree(folder, folder.parent / other)
         in_weights(lambda tensors: tensors.update({other: tensors[name] * 2}))(copy)  # noqa: B023
-        message = refusal(copy)
-        assert other in message or "another tensor 'embeddings.LayerNorm.weight'" in message
+        message = refusal(copy, backend=backend)
+        assert other in message or f"another tensor '{name}'" in message
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_static_table_beside_another(backend: str, tmp_path: Path) -> None:
+    folder = tiny_models.make_static(tmp_path / "static", layout="v6").folder
+    (file,) = folder.rglob(WEIGHTS)
+    tensors = load_file(file)
+    save_file({**tensors, "embeddings": 2 * tensors["embedding.weight"]}, file)
+    assert "'embeddings'" in refusal(folder, backend=backend)
 
 
 # -------------------------------------------------------------------------------- code and links
@@ -719,7 +779,8 @@ def test_an_onnx_file_hides_no_refusal(folder: Path) -> None:
     make_onnx(folder)
     in_json("config.json", is_causal=True)(folder)
     message = refusal(folder, backend="auto")
-    assert "is_causal True is not supported" in message
+    assert "is_causal true is not supported" in message
+    assert "depend on what else is in the batch" in message
     assert "--onnx-file model.onnx takes it all the same" in message
     with Embedder(str(folder), onnx_file="model.onnx") as embedder:
         assert embedder.embed(["one text"]).shape == (1, 24)

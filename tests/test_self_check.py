@@ -91,7 +91,10 @@ def test_right_vectors_pass_and_wrong_ones_do_not(
     assert worst is not None
     assert 0.009 < float(worst[1]) < 0.011
     assert "Get the model again" in message
-    assert f"remove the file {REFERENCE_FILE}" in message
+    assert (
+        f"remove that file, and write it anew with `embedding-server models verify {path.parent}"
+        in message
+    )
 
 
 def test_a_long_text_is_shortened_in_the_message(model: TinyModel) -> None:
@@ -214,7 +217,7 @@ def test_changed_pooling_over_the_right_weights(
     settings = json.loads(config.read_text())
     settings |= {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
     config.write_text(json.dumps(settings))
-    assert "give the folder another name" in refusal(copy)
+    assert "give its folder another name" in refusal(copy)
     assert "no self-check" in log_of(copy.rename(tmp_path / "mine"), caplog)
 
 
@@ -285,5 +288,5 @@ def test_a_file_of_no_use_is_refused(
     message = refusal(folder)
     assert str(folder / REFERENCE_FILE) in message
     assert fault in message
-    assert "models verify NAME --write DIR" in message
+    assert f"models verify {folder} --write {folder}`" in message
     assert "\n" not in message

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -49,7 +50,6 @@ ANY_FAMILY: Mapping[str, tuple[object, ...]] = {
     "is_decoder": (None, False),
     "is_encoder_decoder": (None, False),
     "per_layer_config": (None, {}),
-    "position_embedding_type": (None, "absolute"),
     "pruned_heads": (None, {}),
     "quantization_config": (None,),
     "return_dict": (None, True),
@@ -62,14 +62,15 @@ _HARMLESS = frozenset(
         # What the file is, and for which task it was saved.
         *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "language"),
         *("name", "finetuning_task", "problem_type", "id2label", "label2id", "num_labels"),
-        *("_num_labels", "model_max_length"),
+        *("_num_labels", "model_max_length", "emb_size"),
         # How it was trained.
         *("attention_dropout", "attention_probs_dropout_prob", "classifier_dropout"),
         *("hidden_dropout_prob", "gradient_checkpointing", "initializer_range", "torchscript"),
         # How it is run; everything is computed in float32.
         *("dtype", "torch_dtype", "use_bfloat16", "chunk_size_feed_forward", "use_cache"),
         *("output_past", "output_attentions", "output_hidden_states", "tie_word_embeddings"),
-        *("attn_implementation", "_attn_implementation_autoset"),
+        *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"),
+        *("pretraining_tp", "unsloth_version", "unsloth_fixed", "sentence_transformers"),
         *("bos_token_id", "cls_token_id", "eos_token_id", "mask_token_id", "sep_token_id"),
         *("unk_token_id", "decoder_start_token_id"),
         # Layers over the states that give no embedding.
@@ -183,17 +184,20 @@ class Architecture:
     """See ``Family``."""
 
 
-def architecture_of(config: Config) -> Architecture:
+def architecture_of(config: Config, *, unknown_too: bool = False) -> Architecture:
     """The architecture of a ``config.json``.
 
     Raises ModelNotSupported for a family that isn't built, for a value that would change the
-    result and isn't implemented, and for a key that isn't known.
+    result and isn't implemented, and, unless ``unknown_too``, for a key that isn't known.
     """
     architecture, unknown = _read(config)
+    if unknown_too:
+        return architecture
     if given := [key for key in unknown if config[key] is not None]:
         raise ModelNotSupported(
             f"config.json sets {name_some(given)}, not known here for the family "
-            f"{config['model_type']!r}: it may change the vectors."
+            f"{config['model_type']!r}: it may change the vectors. If it doesn't, remove it there, "
+            "or run the model with --backend torch."
         )
     return architecture
 
@@ -218,17 +222,14 @@ def unknown_keys(config: Config) -> list[str]:
 
 
 def keys_that_count(config: Config) -> set[str]:
-    """The keys of a ``config.json`` that may change a vector: all but those that are null,
-    harmless, or set to what changes nothing."""
+    """The keys of a ``config.json`` that are known to change the vectors of its family, and are not
+    set to what is computed; see ``Family.allowed``."""
     family = ARCHITECTURES.get(str(config.get("model_type")))
-    harmless = _HARMLESS if family is None else _HARMLESS | family.harmless
     allowed = ANY_FAMILY if family is None else {**ANY_FAMILY, **family.allowed}
     return {
         key
-        for key, value in config.items()
-        if value is not None
-        and key not in harmless
-        and not any(_equal(value, other) for other in allowed.get(key, ()))
+        for key, values in allowed.items()
+        if key in config and not any(_equal(config[key], value) for value in values)
     }
 
 
@@ -371,7 +372,11 @@ def _distilbert(config: Config) -> Architecture:
 def _nomic_bert(config: Config) -> Architecture:
     """NomicBERT with its authors' GPT-2 style config, or with the fields of transformers."""
     if "n_embd" not in config:
-        return _nomic_of_transformers(config)
+        architecture = _nomic_of_transformers(config)
+        if any(attention.rotary.factor for attention in architecture.attention if attention.rotary):
+            # transformers scales by the longest input of a batch, and of all batches before.
+            raise ModelNotSupported("config.json: rotary embedding 'dynamic' is not supported.")
+        return architecture
     hidden, heads = _size(config, "n_embd"), _size(config, "n_head")
     head_dim = _head_dim(hidden, heads)
     rotary = Rotary(_number(config, "rotary_emb_base"), head_dim)
@@ -562,6 +567,7 @@ class Family:
 
 
 _BIDIRECTIONAL = {"is_causal": (None, False)}
+_LEARNED = {**_BIDIRECTIONAL, "position_embedding_type": (None, "absolute")}
 _PLAIN_ROTARY = {"partial_rotary_factor": (None, 1)}
 
 _BERT_UNUSED = ("pooler.*", "embeddings.position_ids", "cls.*", "classifier.*", "qa_outputs.*")
@@ -579,19 +585,19 @@ ARCHITECTURES: Mapping[str, Family] = {
     "bert": Family(
         examples="MiniLM, BGE, E5, GTE, mxbai, Snowflake Arctic v1",
         read=_bert,
-        allowed=_BIDIRECTIONAL,
+        allowed=_LEARNED,
         unused=_BERT_UNUSED,
     ),
     "roberta": Family(
         examples="all-distilroberta-v1, all-roberta-large-v1",
         read=_roberta,
-        allowed=_BIDIRECTIONAL,
+        allowed=_LEARNED,
         unused=_ROBERTA_UNUSED,
     ),
     "xlm-roberta": Family(
         examples="multilingual-e5, bge-m3 (dense)",
         read=_roberta,
-        allowed=_BIDIRECTIONAL,
+        allowed=_LEARNED,
         unused=_ROBERTA_UNUSED,
     ),
     "mpnet": Family(
@@ -599,7 +605,7 @@ ARCHITECTURES: Mapping[str, Family] = {
         read=_mpnet,
         allowed=_BIDIRECTIONAL,
         # transformers computes 32 buckets whatever it says; the table's own rows are looked at.
-        harmless=frozenset({"relative_attention_num_buckets"}),
+        harmless=frozenset({"relative_attention_num_buckets", "position_embedding_type"}),
         unused=_ROBERTA_UNUSED,
     ),
     "distilbert": Family(
@@ -610,7 +616,7 @@ ARCHITECTURES: Mapping[str, Family] = {
         harmless=frozenset(
             (
                 *("dropout", "qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds"),
-                "tie_weights_",
+                *("tie_weights_", "position_embedding_type"),
             )
         ),
         unused=(
@@ -645,7 +651,8 @@ ARCHITECTURES: Mapping[str, Family] = {
                 *("attn_pdrop", "auto_map", "dense_seq_output", "embd_pdrop", "fused_bias_fc"),
                 *("fused_dropout_add_ln", "max_trained_positions", "n_positions"),
                 *("pad_vocab_size_multiple", "parallel_block_tied_norm", "resid_pdrop"),
-                *("reorder_and_upcast_attn", "use_flash_attn", "use_xentropy"),
+                *("position_embedding_type", "reorder_and_upcast_attn", "use_flash_attn"),
+                "use_xentropy",
             )
         ),
         unused=("cls.*", "pooler.*", "*.rotary_emb.inv_freq"),
@@ -660,6 +667,7 @@ ARCHITECTURES: Mapping[str, Family] = {
                 *("decoder_bias", "deterministic_flash_attn", "embedding_dropout"),
                 *("initializer_cutoff_factor", "mlp_dropout", "reference_compile"),
                 *("repad_logits_with_grad", "sparse_pred_ignore_index", "sparse_prediction"),
+                "position_embedding_type",  # all of them rotate
                 "layer_norm_eps",  # norm_eps counts
             )
         ),
@@ -673,7 +681,8 @@ ARCHITECTURES: Mapping[str, Family] = {
             "use_bidirectional_attention": (None, False),
             "use_sliding_window": (None, False),
         },
-        harmless=frozenset({"max_window_layers", "sliding_window"}),  # of no use by themselves
+        # The first two are of no use by themselves.
+        harmless=frozenset({"max_window_layers", "sliding_window", "position_embedding_type"}),
         unused=("lm_head.*", "score.*", "*.rotary_emb.inv_freq"),
     ),
 }
@@ -684,7 +693,8 @@ def _allow(config: Config, allowed: Mapping[str, tuple[object, ...]]) -> None:
     """Refuse each key that is there with a value other than these."""
     for key, values in allowed.items():
         if key in config and not any(_equal(config[key], value) for value in values):
-            raise ModelNotSupported(f"config.json: {key} {config[key]!r} is not supported.")
+            shown = json.dumps(config[key])[:100]
+            raise ModelNotSupported(f"config.json: {key} {shown} is not supported.")
 
 
 def _equal(given: object, value: object) -> bool:

@@ -72,6 +72,7 @@ class OwnTokenizer:
 
     backend: tokenizers.Tokenizer
     special_ids: frozenset[int]
+    pad_id: int | None
     keep_end: bool
     """Whether a text that is too long loses its beginning."""
 

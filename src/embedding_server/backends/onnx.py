@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from embedding_server.backends.architectures import ARCHITECTURES, architecture_of
+from embedding_server.backends.architectures import architecture_of
 from embedding_server.backends.base import ONNX_FILES, BackendOptions, Pipeline
 from embedding_server.backends.graph import Graph, build_graph
 from embedding_server.backends.head import Head
@@ -161,8 +161,7 @@ def onnx_model_file(pipeline: Pipeline, name: str | None) -> Path:
 def _check_unasked(pipeline: Pipeline, file: Path) -> None:
     """Raise ModelNotSupported where the graph would hide what the other files are refused for."""
     weights = ("model.safetensors", "model.safetensors.index.json")
-    built_here = pipeline.config.get("model_type") in ARCHITECTURES
-    if built_here and any((pipeline.transformer / name).is_file() for name in weights):
+    if any((pipeline.transformer / name).is_file() for name in weights):
         raise ModelNotSupported(
             f"{file} may be of another config.json or other weights than those beside it: "
             f"--onnx-file {file.relative_to(pipeline.transformer)} takes it all the same."

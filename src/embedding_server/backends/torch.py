@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedding_server.backends.architectures import (
-    ARCHITECTURES,
     architecture_of,
     check_code,
     keys_that_count,
@@ -29,7 +28,7 @@ from embedding_server.errors import ModelNotSupported
 __all__ = ["TorchBackend", "load_sentence_transformer"]
 
 # Vectors of one text that differ by more than this share of their largest value are not equal.
-_ROUNDING = 1e-3
+_ROUNDING = 1e-4
 
 # Rotary embeddings that transformers scales by the longest input of a batch.
 _SCALED_BY_BATCH = ("dynamic", "longrope")
@@ -148,6 +147,7 @@ def _own_tokenizer(tokenizer: Any) -> OwnTokenizer:
     return OwnTokenizer(
         backend=backend,
         special_ids=frozenset(tokenizer.all_special_ids),
+        pad_id=tokenizer.pad_token_id,
         keep_end=tokenizer.truncation_side == "left",
     )
 
@@ -167,15 +167,16 @@ def load_sentence_transformer(folder: Path) -> Any:
             f"sentence-transformers can't be used ({error}): install the extra [torch], in a "
             "checkout with scripts/install '[torch]'."
         ) from None
-    for pickle in folder.rglob("pytorch_model*.bin"):
+    listing = folder / "modules.json"
+    modules = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else [{}]
+    homes = [folder / module.get("path", "") for module in modules]
+    for pickle in (pickle for home in homes for pickle in home.glob("pytorch_model*.bin")):
         if not any(pickle.parent.glob("*.safetensors")):
             raise ModelNotSupported(
                 f"{pickle} is a pickle, which can run code and is never read: save the model as "
                 "safetensors."
             )
-    modules = folder / "modules.json"
-    first = json.loads(modules.read_text(encoding="utf-8"))[0] if modules.is_file() else {}
-    home = folder / first.get("path", "")
+    home = homes[0]
     if (home / "config.json").is_file():
         check_code(json.loads((home / "config.json").read_text(encoding="utf-8")))
     try:
@@ -192,7 +193,8 @@ def load_sentence_transformer(folder: Path) -> Any:
             },
         )
     except Exception as error:
-        raise ModelNotSupported(f"sentence-transformers can't load {folder}: {error}") from error
+        what = " ".join(str(error).split())
+        raise ModelNotSupported(f"sentence-transformers can't load {folder}: {what}") from error
     _check_loading(model, home)
     # Scaling belongs to the request (`normalize`), so the model stops before it.
     while isinstance(model[-1], Normalize):
@@ -209,9 +211,11 @@ def _check_loading(model: Any, home: Path) -> None:
     weights = Weights.open(home)
     transformer = model.transformers_model
     if transformer is None:
-        if unread := set(weights) - TABLE_TENSORS:
+        table = "embedding.weight"
+        if unread := set(weights) - ({table} if table in weights else TABLE_TENSORS):
             raise _incomplete(home, "drop", unread)
         return
+    weights.check_copies(f"{transformer.base_model_prefix}.")
     _check_config(home, transformer.config)
     # The report comes with a model only, and sentence-transformers asks for none.
     _, report = type(transformer).from_pretrained(
@@ -252,18 +256,22 @@ def _check_config(home: Path, config: Any) -> None:
                 f"{home / 'config.json'}: transformers scales the rotary embedding {kind!r} by "
                 "the longest text of a batch, so that vectors depend on what else is in it."
             )
-    given = json.loads((home / "config.json").read_text(encoding="utf-8"))
-    if given["model_type"] not in ARCHITECTURES:
-        return  # what counts in it is not known here
-    try:
-        meant = architecture_of(given)
-    except ModelNotSupported:
-        read = {*type(config)().to_dict(), *config.attribute_map, *_OLDER_KEYS}
-        unread = sorted(keys_that_count(given) - read)
-    else:
-        same = architecture_of({**values, "model_type": given["model_type"]}) == meant
-        unread = [] if same else sorted(keys_that_count(given))
-    if unread:
+    if values.get("attention_type") == "block_sparse":
         raise ModelNotSupported(
-            f"{home / 'config.json'}: transformers doesn't heed all of {name_some(unread)}."
+            f"{home / 'config.json'}: transformers gives up attention_type 'block_sparse' at the "
+            "first short text; set it to 'original_full'."
+        )
+    given = json.loads((home / "config.json").read_text(encoding="utf-8"))
+    read = {*type(config)().to_dict(), *config.attribute_map, *_OLDER_KEYS}
+    if unread := sorted(keys_that_count(given) - read):
+        raise ModelNotSupported(
+            f"{home / 'config.json'} sets {name_some(unread)}, which transformers does not read."
+        )
+    try:
+        meant = architecture_of(given, unknown_too=True)
+    except ModelNotSupported:
+        return  # not built here: transformers decides what it means
+    if architecture_of({**values, "model_type": given["model_type"]}, unknown_too=True) != meant:
+        raise ModelNotSupported(
+            f"{home / 'config.json'}: transformers reads another model from it than it describes."
         )

@@ -86,11 +86,18 @@ class Weights(Mapping[str, Tensor]):
         """
         for prefix in ("", *prefixes):
             if prefix + known in self._tensors:
-                named: dict[str, Tensor] = {}
-                for name, tensor in self._tensors.items():
-                    _merge(named, {name.removeprefix(prefix): tensor})
-                return Weights(named, self.folder)
+                return self._stripped(prefix)
         raise ModelNotSupported(f"The weights in {self.folder} have no tensor {known!r}.")
+
+    def check_copies(self, prefix: str) -> None:
+        """Raise ModelNotSupported if a tensor is there with ``prefix`` and, another, without."""
+        self._stripped(prefix)
+
+    def _stripped(self, prefix: str) -> Weights:
+        named: dict[str, Tensor] = {}
+        for name, tensor in self._tensors.items():
+            _merge(named, {name.removeprefix(prefix): tensor})
+        return Weights(named, self.folder)
 
     def check_all_read(self, *ignored: str) -> None:
         """Raise ModelNotSupported if a tensor was not looked up and matches none of ``ignored``.

@@ -90,8 +90,9 @@ def _module(module: Module, root: Path) -> Sequence[Any]:
         return [module.kind, pooling_modes(module.config)]
     if module.kind == "Normalize" or module.folder == root:
         return [module.kind]
-    settings = {file.name: read_json(file) for file in module.folder.glob("*.json")}
-    weights = {file.name: sha256_of(file) for file in module.folder.glob("*.safetensors")}
+    files = {file.relative_to(module.folder).as_posix(): file for file in module.folder.rglob("*")}
+    settings = {name: read_json(file) for name, file in files.items() if name.endswith(".json")}
+    weights = {n: sha256_of(file) for n, file in files.items() if n.endswith(".safetensors")}
     return [module.kind, settings, weights]
 
 

@@ -36,6 +36,7 @@ _MODEL_KEYS = {
     *("__version__", "model_type", "prompts", "default_prompt_name", "similarity_fn_name"),
     "truncate_dim",
 }
+_ROUTERS = ("Router", "Asym")
 _UNBOUNDED = 10**9
 """transformers writes a length like 1e30 for a tokenizer without a limit."""
 _DEFAULT_POSITIONS: Mapping[str, int] = {
@@ -113,11 +114,20 @@ def _read_modules(folder: Path) -> list[Module]:
                 "known, and a model's own code is never run."
             )
         kind = type_name.rpartition(".")[2]
+        if kind in _ROUTERS:
+            raise ModelNotSupported(
+                f"{path} names a {kind}, which computes queries and documents in different ways: "
+                "that is not supported."
+            )
         where = _inside(folder, str(entry.get("path", "")), path)
         has_config = where != folder and (where / "config.json").is_file()
         if kind in ("Pooling", "Dense") and not has_config:
             raise ModelNotSupported(f"{where / 'config.json'} is missing: the copy is incomplete.")
         found.append(Module(kind, where, read_object(where / "config.json") if has_config else {}))
+    names = [entry.get("name") for entry in entries]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        # sentence-transformers keeps the later one of two, at the place of the earlier.
+        raise ModelNotSupported(f"{path} must give each module a name that no other has.")
     return found
 
 
@@ -231,8 +241,10 @@ def _max_tokens(transformer: Path, own: Mapping[str, Any], config: Mapping[str, 
 def _positions(config: Mapping[str, Any]) -> Any:
     if "max_position_embeddings" in config:
         return config["max_position_embeddings"]
-    # The GPT-2 style configs of Nomic's own repositories.
-    return config.get("n_positions", _DEFAULT_POSITIONS.get(str(config.get("model_type"))))
+    kind = str(config.get("model_type"))
+    if kind == "nomic_bert" and "n_positions" in config:  # as in Nomic's own repositories
+        return config["n_positions"]
+    return _DEFAULT_POSITIONS.get(kind)
 
 
 def _usable_positions(config: Mapping[str, Any], positions: Any) -> int | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from embedding_server.engine.engine import Engine
 from embedding_server.engine.parameters import EmbedParams
-from embedding_server.errors import InvalidRequest, ModelNotSupported
+from embedding_server.errors import EmbeddingServerError, InvalidRequest, ModelNotSupported
 
 __all__ = ["REFERENCE_FILE", "SELF_CHECK_TOLERANCE", "ReferenceVectors", "self_check"]
 
@@ -32,7 +32,8 @@ _MOST_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReferenceVectors:
-    """Texts and the vectors that sentence-transformers gives for them, without a prompt."""
+    """Texts and the vectors that sentence-transformers gives for them, without a prompt, and
+    layer-normalised where the catalog asks for it."""
 
     path: Path
     texts: Sequence[str]
@@ -89,7 +90,7 @@ class ReferenceVectors:
 async def self_check(engine: Engine, reference: ReferenceVectors) -> float:
     """Embed the texts on ``engine``, which runs; the largest difference of any value.
 
-    Raises ModelNotSupported if it is past SELF_CHECK_TOLERANCE, and what ``Engine.embed`` raises.
+    Raises ModelNotSupported if it is past SELF_CHECK_TOLERANCE, or if the engine fails.
     """
     dims = reference.vectors.shape[1]
     if dims != engine.info.dims:
@@ -100,21 +101,31 @@ async def self_check(engine: Engine, reference: ReferenceVectors) -> float:
         answer = await engine.embed(reference.texts, EmbedParams(prompt=""))
     except InvalidRequest as error:
         raise _unusable(reference.path, f"has texts that can't be embedded ({error})") from None
+    except EmbeddingServerError as error:
+        raise ModelNotSupported(
+            f"{engine.info.name} fails on the texts of {reference.path}, so that it would fail on "
+            f"others, too: {error}"
+        ) from error
     differences = np.abs(answer.vectors - reference.vectors).max(axis=1)
     worst = int(differences.argmax())
     if differences[worst] > SELF_CHECK_TOLERANCE:
         raise ModelNotSupported(
             f"{engine.info.name} does not give the vectors in {reference.path}: that of "
             f"{reference.texts[worst][:50]!r} differs by {differences[worst]:.1e}, and "
-            f"{SELF_CHECK_TOLERANCE:.0e} is allowed. Get the model again. If its folder was "
-            f"changed on purpose, remove the file {REFERENCE_FILE} there, or give the folder "
-            "another name than that of a catalog model."
+            f"{SELF_CHECK_TOLERANCE:.0e} is allowed. Get the model again; or, if it was changed on "
+            f"purpose, {_way_out(reference.path)}."
         )
     return float(differences[worst])
 
 
-def _unusable(path: Path, fault: str) -> ModelNotSupported:
-    return ModelNotSupported(
-        f"{path} {fault}: remove it, or write it anew with `embedding-server models verify NAME "
-        "--write DIR`."
+def _way_out(path: Path) -> str:
+    if path.name != REFERENCE_FILE:  # the catalog's
+        return "give its folder another name than that of a catalog model"
+    return (
+        "remove that file, and write it anew with `embedding-server models verify "
+        f"{path.parent} --write {path.parent}`"
     )
+
+
+def _unusable(path: Path, fault: str) -> ModelNotSupported:
+    return ModelNotSupported(f"{path} {fault}: {_way_out(path)}.")

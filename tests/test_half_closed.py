@@ -162,15 +162,23 @@ def test_a_half_closed_client_is_asked_whether_it_is_there(name: str, tiny_model
 @pytest.mark.parametrize("name", SERVERS)
 def test_http_1_0_is_not_asked(name: str, tiny_model: Path) -> None:
     """It knows no status 100."""
-    with computing(name, tiny_model, post(version=b"1.0")) as (connection, client):
+    with computing(name, tiny_model, post(version=b"1.0")) as (connection, _):
         connection.shutdown(socket.SHUT_WR)
-        connection.settimeout(1)
+        connection.settimeout(0.3)
         with pytest.raises(TimeoutError):
             connection.recv(1)
-        assert waiting(client) == 1
         Blocked.release()
         connection.settimeout(30)
         assert parse(rest_of(connection)).status_code == 200
+
+
+@pytest.mark.usefixtures("blocked")
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_client_of_http_1_0_that_is_gone(name: str, tiny_model: Path) -> None:
+    """It can't be asked: what takes long is given up."""
+    with computing(name, tiny_model, post(version=b"1.0")) as (connection, client):
+        connection.close()
+        until(lambda: waiting(client) == 0)
 
 
 @pytest.mark.usefixtures("blocked")

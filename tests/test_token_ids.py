@@ -19,6 +19,7 @@ from tiny_models import FAMILIES, TinyModel, load_reference
 
 from embedding_server import Embedder
 from embedding_server.engine.parameters import EmbedParams
+from embedding_server.errors import InvalidRequest
 
 MODEL = "all-MiniLM-L6-v2"
 TRANSFORMERS = [family for family in FAMILIES if family != "static"]
@@ -58,6 +59,22 @@ def test_on_an_onnx_file(tmp_path: Path) -> None:
     model = tiny_models.make_bert(tmp_path / "bert")
     export_onnx(model)
     assert_as_texts(model, onnx_file="model.onnx")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_padded_ids_are_refused(family: str, side: str, tmp_path: Path) -> None:
+    """As a tokenizer gives them for a batch: the padding would be computed as if it were text."""
+    from transformers import AutoTokenizer
+
+    model = FAMILIES[family](tmp_path / family)
+    auto = AutoTokenizer.from_pretrained(model.reference, padding_side=side)
+    ids = auto(["one", "two of the city and three"], padding=True)["input_ids"]
+    with Embedder(str(model.folder), backend="onnx") as embedder:
+        with pytest.raises(InvalidRequest, match=r"padding|only a part of") as caught:
+            embedder.embed(ids)
+        assert caught.value.index == 0
+        assert embedder.embed(ids[1:]).shape == (1, 32)
 
 
 def test_a_static_model_has_no_special_tokens(tmp_path: Path) -> None:

@@ -247,12 +247,16 @@ def test_token_ids_with_special_tokens_are_cut_as_their_text(
 
 def test_a_template_with_one_end(tmp_path: Path) -> None:
     """Its end alone makes ids complete; a text's own is taken for it."""
-    tokenizer = from_file(tiny.make_qwen3(tmp_path).folder / "tokenizer.json", max_tokens=20)
-    (end,) = encode_one(tokenizer, "").ids
+    raw = RawTokenizer.from_file(str(tiny.make_qwen3(tmp_path).folder / "tokenizer.json"))
+    end = raw.token_to_id("<|endoftext|>")
+    tokenizer = Tokenizer(raw, max_tokens=20, pad_id=end)
+    assert encode_one(tokenizer, "").ids == (end,)
     whole = encode_one(tokenizer, "one city")
     assert encode_one(tokenizer, whole.ids) == encode_one(tokenizer, whole.ids[:-1]) == whole
     assert encode_one(tokenizer, [end]) == encode_one(tokenizer, "")
-    assert encode_one(tokenizer, [end, 7]).ids == (end, 7, end)
+    for padded in ([end, 7], [7, end, end]):  # with which this model pads
+        with pytest.raises(InvalidRequest, match="padding"):
+            encode_one(tokenizer, padded)
 
 
 def test_equal_special_tokens_on_both_ends() -> None:
@@ -271,7 +275,7 @@ def test_token_ids_may_be_numpy_s(tokenizer: Tokenizer) -> None:
     assert all(type(token) is int for token in encoding.ids)
 
 
-@pytest.mark.parametrize("token", [0, VOCABULARY - 1])
+@pytest.mark.parametrize("token", [1, VOCABULARY - 1])
 def test_the_vocabulary_s_ends_are_inside(tokenizer: Tokenizer, token: int) -> None:
     assert list(encode_one(tokenizer, [token]).ids) == [CLS, token, SEP]
 

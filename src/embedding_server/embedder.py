@@ -189,7 +189,7 @@ class _LoopThread:
             try:
                 self._loop.run_forever()
                 return
-            except BaseException:
+            except (SystemExit, KeyboardInterrupt):
                 logger.exception("the event loop of an Embedder was broken off, and goes on")
 
     def run(

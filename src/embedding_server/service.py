@@ -83,6 +83,9 @@ class Service:
         registry: Registry = self.app.state.registry
         if registry.loading or registry.stuck:
             # Its thread is in the middle of native code, which the interpreter's end would abort.
+            if self._load_error is not None:
+                logger.critical("No model is served: %s", self._load_error)
+                code = 1
             logging.shutdown()
             os._exit(code)
         if self._load_error is not None:

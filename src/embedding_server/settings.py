@@ -159,7 +159,7 @@ class Settings(BaseSettings):
         (), "the name to serve a --model under; repeat it in the order of --model", _SERVE
     )
     revision: str | None = _setting(
-        None, "commit, tag or branch of the hub repository of --model", _MODELS
+        None, "commit, tag or branch of the hub repository of the model", _ALL
     )
     load_models_from: Path | None = _setting(
         None, "folder whose DIR/<name> is looked in before the cache and the hub", _ALL

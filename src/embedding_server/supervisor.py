@@ -144,7 +144,13 @@ class Supervisor:
             with contextlib.suppress(ConnectionError):  # it was killed
                 async for line in reader:
                     self._hear(worker, line.decode().strip())
-            return await worker.process.wait()
+            limit = self._settings.drain_timeout + _KILL_SECONDS
+            try:
+                return await asyncio.wait_for(worker.process.wait(), limit)
+            except TimeoutError:
+                logger.error("worker %d does not listen any more, and is killed", worker.number)
+                worker.process.kill()
+                return await worker.process.wait()
         finally:
             worker.ends += 1
             process, worker.process = worker.process, None

@@ -189,9 +189,11 @@ async def _answer(
         raise InvalidRequest(
             "'input' holds token ids, which are not taken here: most clients send those of "
             "OpenAI's models, and their vectors would be wrong. Send text instead; in LangChain's "
-            "OpenAIEmbeddings set check_embedding_ctx_length=False. Where clients have the ids of "
-            "this model's own tokenizer, start the server with --openai-token-ids.",
+            "OpenAIEmbeddings set check_embedding_ctx_length=False. Whoever has the ids of this "
+            "model's own tokenizer sends its fingerprint, too, as the header "
+            f"{FINGERPRINT_HEADER}, or starts the server with --openai-token-ids.",
             param="input",
+            code="token_ids_refused",
         )
     if len(query.input) > settings.max_client_batch_size:
         raise InvalidRequest(

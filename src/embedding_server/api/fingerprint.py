@@ -25,7 +25,7 @@ def knows_model(request: Request, info: ModelInfo) -> bool:
     if value is None:
         return False
     sent = value.decode("latin-1")
-    if sent != info.fingerprint:
+    if not sent or sent != info.fingerprint:
         raise FingerprintMismatch(
             f"Your stored vectors, with the fingerprint {sent[:100]!r}, and the model "
             f"{info.name!r}, with the fingerprint {info.fingerprint!r}, do not match. Embed your "

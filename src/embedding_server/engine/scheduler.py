@@ -116,7 +116,8 @@ class Scheduler:
         self._tokens -= sum(length for _, length in arrivals.values())
         for kind in set(arrivals.values()):
             self._drop_discarded(kind)
-        if len(self._discarded) > self._entries:  # so they never hold more memory than the others
+        # Those in the middle of a heap go with what waits before them, or when they are too many.
+        if len(self._discarded) > self._entries:
             for bucket in self._waiting.values():
                 bucket[:] = [item for item in bucket if item[2] not in self._discarded]
                 heapq.heapify(bucket)

@@ -56,7 +56,7 @@ class Tokenizer:
     sentence-transformers keeps them, and its Encoding says how long it was; with ``keep_end`` it
     keeps its last tokens. With ``exclude_prompt`` the Encoding also says which tokens are the
     prompt's, to be left out of pooling. ``special_ids`` are the ids of all special tokens; by
-    default those that end a text.
+    default those that end a text. ``pad_id`` is the padding's, by default that of the tokenizer.
     """
 
     def __init__(
@@ -67,9 +67,12 @@ class Tokenizer:
         vocab_size: int | None = None,
         add_special_tokens: bool = True,
         special_ids: Collection[int] | None = None,
+        pad_id: int | None = None,
         exclude_prompt: bool = False,
         keep_end: bool = False,
     ) -> None:
+        if pad_id is None and tokenizer.padding is not None:
+            pad_id = tokenizer.padding["pad_id"]
         # Its own threads would take cores from inference, for a hundredth of the whole work.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         # A tokenizer.json may pad and cut by itself (all-MiniLM-L6-v2's pads to 128):
@@ -110,6 +113,7 @@ class Tokenizer:
                     f"The tokenizer puts the token {token} around every text, and the model knows "
                     f"{self.vocab_size}: they don't belong together."
                 )
+        self._pad_id = pad_id
         self._special_ids = frozenset(self._suffix if special_ids is None else special_ids)
         if len(self._prefix) + len(self._suffix) >= max_tokens:
             raise ModelNotSupported(
@@ -251,12 +255,14 @@ class Tokenizer:
 
     def _without_special_tokens(self, index: int, ids: list[int]) -> list[int]:
         """``ids`` without the special tokens of the model's template, be they all there or none."""
+        if self._pad_id not in (*self._prefix, *self._suffix):
+            self._check_padding(index, ids)
         first, last = len(self._prefix), len(ids) - len(self._suffix)
         begins = first > 0 and ids[:first] == self._prefix
         ends = last < len(ids) and ids[max(last, 0) :] == self._suffix
         if not begins and not ends:
-            return ids
-        if (first > 0 and not begins) or (last < len(ids) and not ends) or first > last:
+            first, last = 0, len(ids)
+        elif (first > 0 and not begins) or (last < len(ids) and not ends) or first > last:
             raise InvalidRequest(
                 f"is a list of token ids that has only a part of the model's special tokens: send "
                 f"all of them ({_listed(self._prefix)} first, {_listed(self._suffix)} last) or "
@@ -264,7 +270,17 @@ class Tokenizer:
                 param="input",
                 index=index,
             )
+        self._check_padding(index, ids[first:last])
         return ids[first:last]
+
+    def _check_padding(self, index: int, ids: list[int]) -> None:
+        """Refuse what a client has padded to the longest of several: it would count as text."""
+        if self._pad_id is not None and self._pad_id in (ids[:1] + ids[-1:]):
+            raise InvalidRequest(
+                f"is a list of token ids with padding ({self._pad_id}): send them without.",
+                param="input",
+                index=index,
+            )
 
     def _prompt_tokens(self, prompt: str) -> int:
         """As sentence-transformers counts them: those of the prompt alone, but for a special

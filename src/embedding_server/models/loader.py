@@ -185,6 +185,7 @@ def _load_tokenizer(layout: Layout, backend: Backend, *, any_family: bool) -> To
             max_tokens=layout.max_tokens,
             vocab_size=config.get("vocab_size"),
             special_ids=backend.tokenizer.special_ids,
+            pad_id=backend.tokenizer.pad_id,
             exclude_prompt=layout.exclude_prompt,
             keep_end=backend.tokenizer.keep_end,
         )

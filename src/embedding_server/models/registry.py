@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -92,6 +93,8 @@ class Registry:
         """Let every name of ``spec`` find its ``engine``, but for those that another model has."""
         others = [other for other in self._specs if other is not spec]
         names = [spec.served_name, *spec.hub_ids(engine.info.revision)]
+        if spec.repo and all(spec.repo != other.repo for other in others):  # else which of both?
+            names.append(spec.repo)
         if spec.repo and all(spec.name != other.name for other in others):
             names.append(spec.name)
         served = {other.served_name for other in others}
@@ -115,6 +118,13 @@ class Registry:
         )
         if self._options.onnx_file is None:  # the digest is of the file that it replaces
             verify(located, spec)
+            if spec.sha256 is not None:  # byte for byte
+                located = replace(located, revision=spec.revision)
+        if spec.repo and spec.revision and located.revision is None:
+            logger.warning(
+                "%s does not say which revision it is, and is taken for %s",
+                *(located.folder, spec.hub_id),
+            )
         return load_model(spec, located, self._options)
 
     async def _self_check(self, model: LoadedModel) -> str:

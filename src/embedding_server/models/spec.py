@@ -46,14 +46,13 @@ class ModelSpec:
         return f"{self.repo}@{self.revision}" if self.revision else str(self.repo)
 
     def hub_ids(self, commit: str | None) -> tuple[str, ...]:
-        """``org/name``, and with ``@`` the revision asked for and the ``commit`` found.
+        """``org/name@revision`` with the ``commit`` found, and with the revision asked for.
 
-        Empty for a folder.
+        Empty where it is not known which commit it is.
         """
-        if self.repo is None:
+        if self.repo is None or commit is None:
             return ()
-        revisions = [revision for revision in (self.revision, commit) if revision]
-        return (self.repo, *(f"{self.repo}@{revision}" for revision in revisions))
+        return tuple(f"{self.repo}@{revision}" for revision in (commit, self.revision) if revision)
 
     @property
     def title(self) -> str:

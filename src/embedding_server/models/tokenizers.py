@@ -84,6 +84,7 @@ def load_tokenizer(
         made,
         max_tokens=max_tokens,
         vocab_size=config.get("vocab_size"),
+        pad_id=made.token_to_id(str(named["pad_token"])) if "pad_token" in named else None,
         special_ids=[i for content in contents if (i := made.token_to_id(content)) is not None],
         exclude_prompt=exclude_prompt,
         keep_end=files.keeps_end(),

@@ -24,6 +24,7 @@ __all__ = [
     "MAX_HEADER_BYTES",
     "PROBE_SECONDS",
     "SERVERS",
+    "UNPROBED_SECONDS",
     "AsgiServer",
     "ServerOptions",
     "head_fault",
@@ -51,6 +52,9 @@ PROBE_SECONDS = 0.1
 It is sent an answer of status 100, which it must take (RFC 9110, section 15.2); if it has hung up,
 its system refuses that, and so the next one fails. Each time the wait is twice as long.
 """
+
+UNPROBED_SECONDS = 0.5
+"""Such a wait is the last for a client of HTTP/1.0, which has no such answer: it counts as gone."""
 
 # RFC 3986, section 3.2.2, and the zones that some clients leave in IPv6 addresses.
 _HOST = re.compile(

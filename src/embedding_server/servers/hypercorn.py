@@ -30,6 +30,7 @@ from embedding_server.servers.base import (
     FIELD_BYTES,
     MAX_HEADER_BYTES,
     PROBE_SECONDS,
+    UNPROBED_SECONDS,
     ServerOptions,
     head_fault,
     refusal,
@@ -159,14 +160,20 @@ class _Http1(H11Protocol):
                 async with asyncio.timeout(seconds):
                     await self._answered.wait()
             except TimeoutError:
+                if seconds > UNPROBED_SECONDS and self._is_unprobed():
+                    return
                 await self._probe()
                 seconds *= 2
 
+    def _is_unprobed(self) -> bool:
+        assert isinstance(self.connection, h11.Connection)
+        return self.connection.their_http_version != b"1.1"
+
     async def _probe(self) -> None:
-        """See ``PROBE_SECONDS``; HTTP/1.0 has no such answer."""
+        """See ``PROBE_SECONDS``."""
         assert isinstance(self.connection, h11.Connection)
         unanswered = self.connection.our_state is h11.SEND_RESPONSE
-        if unanswered and self.connection.their_http_version == b"1.1":
+        if unanswered and not self._is_unprobed():
             probe = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
             await self._send_h11_event(probe)
 

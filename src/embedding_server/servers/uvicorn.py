@@ -20,6 +20,7 @@ from embedding_server.servers.base import (
     FIELD_BYTES,
     MAX_HEADER_BYTES,
     PROBE_SECONDS,
+    UNPROBED_SECONDS,
     ServerOptions,
     head_fault,
     refusal,
@@ -284,11 +285,14 @@ class _Http1(HttpToolsProtocol):
             self._refuse(431)
 
     def _probe(self, seconds: float) -> None:
-        """See ``PROBE_SECONDS``; HTTP/1.0 has no such answer."""
+        """See ``PROBE_SECONDS``."""
         cycle = self.cycle
-        unanswered = not self.pipeline and not cycle.response_started
-        if unanswered and cycle.scope["http_version"] == "1.1":
-            self.transport.write(_CONTINUE)
+        if not self.pipeline and not cycle.response_started:
+            if cycle.scope["http_version"] == "1.1":
+                self.transport.write(_CONTINUE)
+            elif seconds > UNPROBED_SECONDS:
+                self.transport.abort()
+                return
         self._probe_timer.start(2 * seconds, self._probe, 2 * seconds)
 
     def _await_reader(self) -> None:

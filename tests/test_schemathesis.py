@@ -24,7 +24,7 @@ KEY = "sesame-4711"
 CONFIG = """
 [[operations]]
 include-path-regex = "/embeddings$"
-checks.positive_data_acceptance.expected-statuses = ["2xx", "400", "401", "404", "429"]
+checks.positive_data_acceptance.expected-statuses = ["2xx", "400", "401", "404", "409", "429"]
 """
 
 

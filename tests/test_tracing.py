@@ -352,10 +352,13 @@ def test_what_is_too_long_was_tokenised(traced: Traced) -> None:
     assert own.contains(tokenize)
 
 
-def test_a_fault_is_the_servers(use_backend: Any) -> None:
+def test_a_fault_is_the_servers(use_backend: Any, tiny_model: Path) -> None:
     use_backend(fake_backends.Failing)
-    with collecting() as collector, serving(model=(MODEL,), otlp_endpoint=collector.url) as it:
-        body = {"model": MODEL, "input": "iPhone"}
+    with (
+        collecting() as collector,
+        serving(model=(str(tiny_model),), otlp_endpoint=collector.url) as it,
+    ):
+        body = {"model": "tiny", "input": "iPhone"}
         response = httpx.post(f"{it.url}/v1/embeddings", json=body)
         error_of(response, 500)
         until(lambda: bool(collector.spans))
@@ -385,12 +388,15 @@ def test_a_server_that_is_not_ready_is_told(use_backend: Any) -> None:
     assert (own.status, own.attributes["error.type"]) == ("ERROR", "not_ready")
 
 
-def test_a_deadline_that_passed_is_told_with_where(use_backend: Any) -> None:
+def test_a_deadline_that_passed_is_told_with_where(use_backend: Any, tiny_model: Path) -> None:
     Blocked.reset(load=True)
     use_backend(Blocked)
-    with collecting() as collector, serving(model=(MODEL,), otlp_endpoint=collector.url) as it:
+    with (
+        collecting() as collector,
+        serving(model=(str(tiny_model),), otlp_endpoint=collector.url) as it,
+    ):
         try:
-            body, soon = {"model": MODEL, "input": "iPhone"}, {"x-request-timeout": "0.1"}
+            body, soon = {"model": "tiny", "input": "iPhone"}, {"x-request-timeout": "0.1"}
             response = httpx.post(f"{it.url}/v1/embeddings", json=body, headers=soon)
             assert response.status_code == 504
             until(lambda: bool(collector.spans))
@@ -403,16 +409,21 @@ def test_a_deadline_that_passed_is_told_with_where(use_backend: Any) -> None:
     assert stages[-1].end == own.end
 
 
-def test_a_client_that_hangs_up_is_told_with_where_it_waited(use_backend: Any) -> None:
+def test_a_client_that_hangs_up_is_told_with_where_it_waited(
+    use_backend: Any, tiny_model: Path
+) -> None:
     Blocked.reset(load=True)
     use_backend(Blocked)
-    with collecting() as collector, serving(model=(MODEL,), otlp_endpoint=collector.url) as it:
+    with (
+        collecting() as collector,
+        serving(model=(str(tiny_model),), otlp_endpoint=collector.url) as it,
+    ):
         try:
-            metric = f'embedding_server_queue_requests{{model="{MODEL}"}}'
+            metric = 'embedding_server_queue_requests{model="tiny"}'
             for waiting in (1, 2):  # the first is computed, the second in the queue
                 address = it.url.removeprefix("http://").split(":")
                 client = socket.create_connection((address[0], int(address[1])))
-                body = json.dumps({"model": MODEL, "input": f"text {waiting}"}).encode()
+                body = json.dumps({"model": "tiny", "input": f"text {waiting}"}).encode()
                 client.sendall(
                     b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
                     b"x-request-id: %d\r\ncontent-length: %d\r\n\r\n%b" % (waiting, len(body), body)

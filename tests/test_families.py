@@ -205,13 +205,15 @@ def test_nomic_scales_by_the_inputs_own_length(length: int, tmp_path: Path) -> N
 
 
 MEMORY_PROGRAM = """
-import resource, sys
+import sys
+sys.path.insert(0, sys.argv[1])
+from peak_memory import peak_megabytes
 from embedding_server import Embedder
-with Embedder(sys.argv[1]) as embedder:
+with Embedder(sys.argv[2]) as embedder:
     vectors = embedder.embed(["word " * 9000])
     assert embedder.info.max_tokens == 8192
     assert abs((vectors**2).sum() - 1) < 1e-5
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(peak_megabytes())
 """
 
 
@@ -220,7 +222,7 @@ def test_8192_tokens_in_bounded_memory(family: str, tmp_path: Path) -> None:
     model = make(
         family, tmp_path / family, hidden=48, heads=12, max_positions=8192, max_seq_length=8192
     )
-    command = [sys.executable, "-c", MEMORY_PROGRAM, str(model.folder)]
+    command = [sys.executable, "-c", MEMORY_PROGRAM, str(Path(__file__).parent), str(model.folder)]
     done = subprocess.run(command, capture_output=True, check=True, timeout=300)
     megabytes = int(done.stdout)
     print(f"{family}: peak resident memory {megabytes} MB")

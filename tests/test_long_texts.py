@@ -327,23 +327,24 @@ FORMS = {
 """What a text of a million characters may be made of."""
 
 PROGRAM = """
-import resource, sys
+import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
+from peak_memory import peak_megabytes
 from test_long_texts import FORMS, LONG, load
 from embedding_server.errors import InvalidRequest
 
 tokenizer = load(Path(sys.argv[2]), 32)
 tokenizer.encode(["a"])
 texts = {name: (form * (LONG // len(form) + 1))[:LONG] for name, form in FORMS.items()}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_megabytes()
 for name, text in texts.items():
     try:
         (encoding,) = tokenizer.encode([text])
         print(name, encoding.total_tokens)
     except InvalidRequest as error:
         print(name, "refused:", error.code)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print(peak_megabytes() - before)
 """
 
 

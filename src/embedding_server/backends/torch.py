@@ -262,8 +262,8 @@ def _check_config(home: Path, config: Any) -> None:
             "first short text; set it to 'original_full'."
         )
     given = json.loads((home / "config.json").read_text(encoding="utf-8"))
-    read = {*type(config)().to_dict(), *config.attribute_map, *_OLDER_KEYS}
-    if unread := sorted(keys_that_count(given) - read):
+    counted = keys_that_count(given) - {*config.attribute_map, *_OLDER_KEYS}
+    if counted and (unread := sorted(counted - type(config)().to_dict().keys())):
         raise ModelNotSupported(
             f"{home / 'config.json'} sets {name_some(unread)}, which transformers does not read."
         )

@@ -71,6 +71,7 @@ _HARMLESS = frozenset(
         *("output_past", "output_attentions", "output_hidden_states", "tie_word_embeddings"),
         *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"),
         *("pretraining_tp", "unsloth_version", "unsloth_fixed", "sentence_transformers"),
+        # Ids of tokens, but for the padding's, from which RoBERTa counts positions.
         *("bos_token_id", "cls_token_id", "eos_token_id", "mask_token_id", "sep_token_id"),
         *("unk_token_id", "decoder_start_token_id"),
         # Layers over the states that give no embedding.
@@ -226,11 +227,7 @@ def keys_that_count(config: Config) -> set[str]:
     set to what is computed; see ``Family.allowed``."""
     family = ARCHITECTURES.get(str(config.get("model_type")))
     allowed = ANY_FAMILY if family is None else {**ANY_FAMILY, **family.allowed}
-    return {
-        key
-        for key, values in allowed.items()
-        if key in config and not any(_equal(config[key], value) for value in values)
-    }
+    return set(_not_allowed(config, allowed))
 
 
 def unused_tensors(model_type: str) -> tuple[str, ...]:
@@ -691,10 +688,18 @@ ARCHITECTURES: Mapping[str, Family] = {
 
 def _allow(config: Config, allowed: Mapping[str, tuple[object, ...]]) -> None:
     """Refuse each key that is there with a value other than these."""
-    for key, values in allowed.items():
-        if key in config and not any(_equal(config[key], value) for value in values):
-            shown = json.dumps(config[key])[:100]
-            raise ModelNotSupported(f"config.json: {key} {shown} is not supported.")
+    for key in _not_allowed(config, allowed):
+        shown = json.dumps(config[key])[:100]
+        raise ModelNotSupported(f"config.json: {key} {shown} is not supported.")
+
+
+def _not_allowed(config: Config, allowed: Mapping[str, tuple[object, ...]]) -> list[str]:
+    """The keys that are there with a value other than these, in the order of ``allowed``."""
+    return [
+        key
+        for key, values in allowed.items()
+        if key in config and not any(_equal(config[key], value) for value in values)
+    ]
 
 
 def _equal(given: object, value: object) -> bool:

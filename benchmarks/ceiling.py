@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from embedding_server.backends.base import Backend, BackendOptions, backend_class
-from embedding_server.bench.workloads import build_workload
+from embedding_server.commands.bench.workloads import build_workload
 from embedding_server.engine.batch import Batch, Encoding
 from embedding_server.engine.tokenizer import Tokenizer
 from embedding_server.models.hub import locate

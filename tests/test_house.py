@@ -27,16 +27,16 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "logs", "processes"),
     ("telemetry",),
-    ("settings", "argv"),
+    ("settings",),
     ("engine.batch", "engine.info", "engine.postprocess", "engine.stages"),
     ("engine.scheduler", "backends.base"),
     ("engine", "backends"),
     ("models",),
-    ("api", "embedder", "writers"),
-    ("app", "servers", "listener", "notify", "signals", "corpus", "verify"),
-    ("service",),
-    ("worker", "supervisor"),
-    ("server", "inventory", "bench", "health", "ray"),
+    ("api", "embedder"),
+    ("app",),
+    ("serving",),
+    ("commands",),
+    ("ray",),
     ("cli",),
     ("",),
 )
@@ -116,7 +116,7 @@ def test_imports_go_in_no_circle() -> None:
 
 @pytest.mark.parametrize("name", MODULES, ids=lambda name: name or PACKAGE)
 def test_only_the_http_layer_knows_the_web(name: str) -> None:
-    http = place_of(name)[1] in ("api", "app", "servers", "server", "ray")
+    http = place_of(name)[1] in ("api", "app", "serving", "ray")
     allowed = WEB if http else {"pydantic", "pydantic_settings"} if name == "settings" else set()
     assert top_level_imports_of(name) & WEB <= allowed
 

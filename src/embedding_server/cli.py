@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from embedding_server import __version__
-from embedding_server.argv import hide_secrets
+from embedding_server.commands.argv import hide_secrets
 from embedding_server.errors import ConfigurationError, EmbeddingServerError
 
 if TYPE_CHECKING:  # it takes longer to import than secrets may stand in the command line
@@ -358,32 +358,32 @@ def _run(command: str, options: dict[str, Any]) -> int:
     for name in unknown_variables():
         logger.warning("%s is set, but there is no such setting", name)
     if command == "serve":
-        from embedding_server.server import serve
+        from embedding_server.commands.serve import serve
 
         return serve(settings)
     if command == "embed":
         return _embed(settings, options)
     if command == "health":
-        from embedding_server.health import check_health
+        from embedding_server.commands.health import check_health
 
         return check_health(settings)
     if command == "bench":
         return _bench(settings, flags, config, options)
-    from embedding_server import inventory
+    from embedding_server.commands import models
 
     match options["action"]:
         case "list":
-            return inventory.list_models(settings, as_json=options["json"])
+            return models.list_models(settings, as_json=options["json"])
         case "info":
-            return inventory.show_model(settings, options["name"])
+            return models.show_model(settings, options["name"])
         case "verify":
-            return inventory.verify_model(settings, options["name"], options["write"])
+            return models.verify_model(settings, options["name"], options["write"])
         case _:
-            return inventory.pull_models(settings, options["name"], options["to"])
+            return models.pull_models(settings, options["name"], options["to"])
 
 
 def _embed(settings: Settings, options: dict[str, Any]) -> int:
-    from embedding_server.corpus import CorpusOptions, embed_corpus
+    from embedding_server.commands.embed import CorpusOptions, embed_corpus
 
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaving nothing half
     on_ray = options.pop("ray")
@@ -403,7 +403,7 @@ def _bench(
 ) -> int:
     kind, as_json = options.pop("kind"), options.pop("json")
     if kind == "engine":
-        from embedding_server.bench.engine import bench_engine
+        from embedding_server.commands.bench.engine import bench_engine
         from embedding_server.settings import rows
 
         rounds = options.pop("rounds")
@@ -412,7 +412,7 @@ def _bench(
             told = ", ".join("--" + name.replace("_", "-") for name in others)
             raise ConfigurationError(f"'bench engine' needs no server and doesn't take {told}.")
         return bench_engine(settings, rounds=rounds, as_json=as_json)
-    from embedding_server.bench.command import ServerBench, bench_server
+    from embedding_server.commands.bench.command import ServerBench, bench_server
 
     return bench_server(settings, flags, config, ServerBench(**options, as_json=as_json))
 

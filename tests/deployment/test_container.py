@@ -351,7 +351,7 @@ def test_it_serves_without_a_network_and_a_stop_loses_no_answer(
         assert container.run("id -u").strip() == "65532"
         assert "No module named 'torch'" in container.fails("python -c 'import torch'")
         assert "Permission denied" in container.fails("touch /opt/venv/x /models/x")
-        imported = "import sys, fastapi, embedding_server.service as s; print(s.__cached__)"
+        imported = "import sys, fastapi, embedding_server.serving.service as s; print(s.__cached__)"
         cached = container.run(f"python -c '{imported}'").strip()
         verbose = container.run(f"sh -c \"python -v -c '{imported}' 2>&1\"")
         assert f"{cached} matches" in verbose

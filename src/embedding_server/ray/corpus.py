@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from embedding_server.corpus import CorpusOptions, Line, embedded, the_one_model
+from embedding_server.commands.embed import CorpusOptions, Line, embedded, the_one_model
+from embedding_server.commands.writers import import_pyarrow, vector_column, whole_file
 from embedding_server.embedder import Embedder
 from embedding_server.engine.info import ModelInfo
 from embedding_server.errors import ConfigurationError, EmbeddingServerError
 from embedding_server.ray.options import with_whole_paths
 from embedding_server.settings import Settings
-from embedding_server.writers import import_pyarrow, vector_column, whole_file
 
 __all__ = [
     "ClusterOptions",

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The ``bench engine`` command: the backend alone, beside what the machine can do at all."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from embedding_server.backends.base import Backend, BackendOptions, backend_class
+from embedding_server.commands.bench.operations import ModelCost, useful_operations
+from embedding_server.commands.bench.peak import machine_peak
+from embedding_server.commands.bench.report import (
+    environment,
+    number,
+    print_json,
+    print_rows,
+    print_table,
+    progress,
+    significant,
+)
+from embedding_server.commands.bench.workloads import build_workload
+from embedding_server.engine.batch import Batch, Encoding, Entry
+from embedding_server.engine.scheduler import Scheduler
+from embedding_server.errors import ConfigurationError
+from embedding_server.models.catalog import DEFAULT_MODELS
+from embedding_server.models.hub import locate
+from embedding_server.models.layout import read_layout
+from embedding_server.models.spec import parse_spec
+from embedding_server.settings import Settings, available_cores
+
+__all__ = ["bench_engine"]
+
+_TOKENS = 512
+"""What batches are packed to, beside the budget in use: for figures that can be compared."""
+_LENGTHS = (32, 128, 512)
+_REQUESTS = 16
+"""Of ``pair`` and ``query``, a batch each, as when one client asks."""
+_MIXED_REQUESTS = 2
+_SECONDS = 0.3
+"""How long a shape is run in a round, at the least."""
+
+
+@dataclass(slots=True)
+class _Shape:
+    name: str
+    batches: Sequence[Batch]
+    operations: int
+    at_once: int
+    """How many batches are computed at a time."""
+    seconds: list[float] = field(default_factory=list)
+    """Of all batches: the median of each round."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.tokens for batch in self.batches)
+
+    @property
+    def best(self) -> float:
+        """Of the rounds: in the others, something else ran."""
+        return min(self.seconds)
+
+    @property
+    def batch_seconds(self) -> float:
+        """Of one batch, on the cores that it has."""
+        return self.best / len(self.batches) * self.at_once
+
+    @property
+    def gflops(self) -> float:
+        return self.operations / self.best / 1e9
+
+
+def bench_engine(settings: Settings, *, rounds: int, as_json: bool) -> int:
+    """Measure the model of ``settings``, print the result, and return 0.
+
+    Raises ModelError if it can't be had or run, or if its sizes aren't known.
+    """
+    if len(settings.model) > 1:
+        raise ConfigurationError("One model is measured at a time: give one --model.")
+    spec = parse_spec(
+        settings.model[0] if settings.model else DEFAULT_MODELS[0], revision=settings.revision
+    )
+    located = locate(
+        spec,
+        models_dir=settings.load_models_from,
+        token=settings.hub_token,
+        onnx_file=settings.onnx_file,
+    )
+    layout = read_layout(located.folder)
+    cost = ModelCost(layout)
+    threads = settings.threads or available_cores()
+    name = _backend_name(settings)
+    options = BackendOptions(threads=threads, onnx_file=settings.onnx_file)
+    backend = backend_class(name).load(layout.pipeline, options)
+    budget = settings.max_batch_tokens or backend.default_batch_tokens
+    at_once = 1 if backend.exclusive else threads
+    shapes = list(_shapes(cost, backend, budget, at_once))
+    with machine_peak(threads) as peak, ThreadPoolExecutor(at_once) as cores:
+        peaks = []
+        for round in range(1, rounds + 1):
+            progress(f"engine, round {round} of {rounds}")
+            peaks.append(peak.measure())
+            for shape in shapes:
+                shape.seconds.append(_measure(backend, cores, shape))
+        progress("")
+        gflops = max(peaks)
+        source = peak.source
+    result = {
+        "benchmark": "engine",
+        **environment(),
+        "model": spec.name,
+        "backend": name,
+        "threads": threads,
+        "max_batch_tokens": budget,
+        "rounds": rounds,
+        "peak": {"gflops": significant(gflops), "source": source},
+        "shapes": [_result(shape, gflops) for shape in shapes],
+    }
+    if not as_json:
+        print_rows(
+            [
+                ("model", f"{spec.name} ({name})"),
+                ("threads", str(threads)),
+                ("tokens a batch", str(budget)),
+                ("peak", f"{number(gflops)} GFLOP/s ({source})"),
+            ]
+        )
+        print_table(
+            ("batch", "tokens", "at once", "ms", "tokens/s", "GFLOP/s useful", "of peak"),
+            [_row(shape, gflops) for shape in shapes],
+        )
+    print_json(result)
+    return 0
+
+
+def _backend_name(settings: Settings) -> str:
+    if settings.onnx_file is not None:
+        return "onnx-file"
+    return "torch" if settings.backend == "torch" else "onnx"
+
+
+def _shapes(cost: ModelCost, backend: Backend, budget: int, at_once: int) -> Iterator[_Shape]:
+    """Small requests as they come, batches of one length, and mixed lengths as they are served."""
+
+    def shape(name: str, batches: Sequence[Sequence[Encoding]], at_once: int) -> _Shape:
+        lengths = [len(encoding.ids) for batch in batches for encoding in batch]
+        operations = sum(useful_operations(cost.architecture, length) for length in lengths)
+        packed = [Batch.from_encodings(batch) for batch in batches]
+        return _Shape(name, packed, operations, at_once)
+
+    for name in ("pair", "query"):
+        requests = build_workload(name).requests[:_REQUESTS]
+        yield shape(name, [cost.tokenizer.encode(texts) for texts in requests], 1)
+    texts = [text for texts in build_workload("chunks").requests for text in texts]
+    mixed = cost.tokenizer.encode(texts)
+    words = itertools.cycle([token for encoding in mixed for token in encoding.ids])
+    longest = _longest(cost)
+    for tokens in dict.fromkeys((_TOKENS, budget)):
+        for length in dict.fromkeys(min(length, longest, tokens) for length in _LENGTHS):
+            count = tokens // length
+            batch = [Encoding(tuple(itertools.islice(words, length)), length) for _ in range(count)]
+            yield shape(f"{count} of {length}", [batch] * at_once, at_once)
+        some = mixed[: _MIXED_REQUESTS * 32]
+        name = f"mixed, to {tokens}"
+        yield shape(name, list(_scheduled(some, tokens, padded=backend.padded)), at_once)
+
+
+def _scheduled(
+    encodings: Sequence[Encoding], tokens: int, *, padded: bool
+) -> Iterator[list[Encoding]]:
+    """The batches that the server would make of them."""
+    scheduler = Scheduler(max_batch_tokens=tokens, padded=padded)
+    scheduler.add([Entry("request", (place,), each) for place, each in enumerate(encodings)])
+    while entries := scheduler.next_batch():
+        yield [entry.encoding for entry in entries]
+
+
+def _longest(cost: ModelCost) -> int:
+    """Tokens of the longest sequence that the model has positions for."""
+    positions = cost.architecture.positions
+    if positions is None:
+        return max(*_LENGTHS, cost.tokenizer.max_tokens)
+    counted_from = 0 if positions.padding_idx is None else positions.padding_idx + 1
+    return positions.rows - counted_from
+
+
+def _measure(backend: Backend, cores: Executor, shape: _Shape) -> float:
+    """Seconds for all batches of ``shape``, as many at a time as it says."""
+    found: list[float] = []
+    end = time.perf_counter() + _SECONDS
+    while not found or time.perf_counter() < end:
+        started = time.perf_counter()
+        run = map if shape.at_once == 1 else cores.map
+        for _ in run(backend.embed, shape.batches):
+            pass
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def _row(shape: _Shape, peak: float) -> tuple[str, ...]:
+    count = len(shape.batches)
+    return (
+        shape.name,
+        number(shape.tokens / count),
+        str(shape.at_once),
+        number(shape.batch_seconds, scale=1000),
+        number(shape.tokens / shape.best),
+        number(shape.gflops),
+        number(shape.gflops / peak, "%", scale=100),
+    )
+
+
+def _result(shape: _Shape, peak: float) -> Mapping[str, object]:
+    count = len(shape.batches)
+    return {
+        "batch": shape.name,
+        "batches": count,
+        "tokens": significant(shape.tokens / count),
+        "at_once": shape.at_once,
+        "ms": significant(shape.batch_seconds * 1000),
+        "tokens_per_second": significant(shape.tokens / shape.best),
+        "gflops_useful": significant(shape.gflops),
+        "share_of_peak": significant(shape.gflops / peak),
+    }

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""From settings to the exit code: one process that serves, or several and one that minds them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from embedding_server.serving.listener import listening
+from embedding_server.serving.notify import Notifier
+from embedding_server.settings import Settings
+
+if TYPE_CHECKING:
+    from embedding_server.serving.service import Service
+    from embedding_server.serving.supervisor import Supervisor
+
+__all__ = ["serve"]
+
+logger = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until told to stop; the exit code is 0, or 128 and the signal that was sent twice.
+
+    Raises ConfigurationError if the address can't be listened on, the server isn't installed or
+    a file of a setting can't be used, and ModelError if the models can't be served.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)  # until a loop minds them
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what it would read is read now
+    for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
+        os.environ.pop(name, None)  # somebody else's: only a supervisor gives one to its workers
+    notifier = Notifier.from_environment()
+    runner: Service | Supervisor
+    if settings.workers > 1:  # which needs none of what a service loads
+        from embedding_server.serving.supervisor import Supervisor
+
+        runner = Supervisor(settings, notifier)
+    else:
+        from embedding_server.serving.service import Service
+
+        runner = Service(settings, notifier=notifier)
+    with listening(settings) as (listener, address):
+        logger.info("listening on %s (API: /docs)", address)
+        notifier.listening(address)
+        code = runner.run(listener)
+    logger.info("ended")
+    return code
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)

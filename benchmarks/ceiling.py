@@ -21,8 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from embedding_server.backends.base import Backend, BackendOptions, backend_class
+from embedding_server.backends.base import BackendOptions, load_backend
 from embedding_server.commands.bench.workloads import build_workload
+from embedding_server.engine.backend import Backend
 from embedding_server.engine.batch import Batch, Encoding
 from embedding_server.engine.tokenizer import Tokenizer
 from embedding_server.models.hub import locate
@@ -127,7 +128,7 @@ def _main(model: str) -> None:
     """Answer measurements until the input ends."""
     located = locate(parse_spec(model))
     layout = read_layout(located.folder)
-    backend = backend_class("onnx").load(layout.pipeline, BackendOptions(threads=available_cores()))
+    backend = load_backend("onnx", layout.pipeline, BackendOptions(available_cores()))
     assert layout.max_tokens is not None
     tokenizer = load_tokenizer(
         layout.pipeline.transformer,

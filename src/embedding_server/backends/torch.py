@@ -19,9 +19,10 @@ from embedding_server.backends.architectures import (
     keys_that_count,
     unused_tensors,
 )
-from embedding_server.backends.base import BackendOptions, OwnTokenizer, Pipeline
+from embedding_server.backends.base import BackendOptions, Pipeline
 from embedding_server.backends.static import TABLE_TENSORS
 from embedding_server.backends.weights import Weights, name_some
+from embedding_server.engine.backend import OwnTokenizer
 from embedding_server.engine.batch import Batch, Encoding
 from embedding_server.errors import ModelNotSupported
 

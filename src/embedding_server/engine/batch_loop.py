@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from embedding_server.backends.base import Backend
+from embedding_server.engine.backend import Backend
 from embedding_server.engine.batch import Batch, Encoding, Entry
 from embedding_server.engine.cores import Cores
 from embedding_server.engine.postprocess import all_finite

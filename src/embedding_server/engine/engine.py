@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedding_server.backends.base import Backend
+from embedding_server.engine.backend import Backend
 from embedding_server.engine.batch import Encoding
 from embedding_server.engine.batch_loop import BatchLoop
 from embedding_server.engine.cores import Cores

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
-from embedding_server.backends.base import Backend, BackendOptions, Pipeline, backend_class
+from embedding_server.backends.base import BackendOptions, Pipeline, load_backend
 from embedding_server.backends.head import pooling_modes
 from embedding_server.backends.weights import Weights
+from embedding_server.engine.backend import Backend
 from embedding_server.engine.engine import Limits
 from embedding_server.engine.info import ModelInfo
 from embedding_server.engine.tokenizer import Tokenizer, is_panic
@@ -110,7 +111,7 @@ def _load(folder: Path, options: LoadOptions) -> tuple[str, str, Layout, Backend
     for name, why in _candidates(folder, options):
         try:
             layout = read_layout(folder, own_tokenizer=name == "torch")
-            backend = backend_class(name).load(layout.pipeline, backend_options)
+            backend = load_backend(name, layout.pipeline, backend_options)
             tokenizer = _load_tokenizer(layout, backend, any_family=name == "onnx-file")
         except ModelNotSupported as refusal:
             refusals.setdefault(str(refusal), []).append(name)

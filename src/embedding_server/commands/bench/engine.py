@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from embedding_server.backends.base import Backend, BackendOptions, backend_class
+from embedding_server.backends.base import BackendOptions, load_backend
 from embedding_server.commands.bench.operations import ModelCost, useful_operations
 from embedding_server.commands.bench.peak import machine_peak
 from embedding_server.commands.bench.report import (
@@ -23,6 +23,7 @@ from embedding_server.commands.bench.report import (
     significant,
 )
 from embedding_server.commands.bench.workloads import build_workload
+from embedding_server.engine.backend import Backend
 from embedding_server.engine.batch import Batch, Encoding, Entry
 from embedding_server.engine.scheduler import Scheduler
 from embedding_server.errors import ConfigurationError
@@ -94,7 +95,7 @@ def bench_engine(settings: Settings, *, rounds: int, as_json: bool) -> int:
     threads = settings.threads or available_cores()
     name = _backend_name(settings)
     options = BackendOptions(threads=threads, onnx_file=settings.onnx_file)
-    backend = backend_class(name).load(layout.pipeline, options)
+    backend = load_backend(name, layout.pipeline, options)
     budget = settings.max_batch_tokens or backend.default_batch_tokens
     at_once = 1 if backend.exclusive else threads
     shapes = list(_shapes(cost, backend, budget, at_once))

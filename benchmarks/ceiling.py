@@ -26,11 +26,11 @@ from embedding_server.commands.bench.workloads import build_workload
 from embedding_server.engine.backend import Backend
 from embedding_server.engine.batch import Batch, Encoding
 from embedding_server.engine.tokenizer import Tokenizer
+from embedding_server.machine import available_cores
 from embedding_server.models.hub import locate
 from embedding_server.models.layout import read_layout
 from embedding_server.models.spec import parse_spec
 from embedding_server.models.tokenizers import load_tokenizer
-from embedding_server.settings import available_cores
 
 __all__ = ["Ceiling", "full_batches"]
 

@@ -38,7 +38,7 @@ from servers import KINDS, MODEL, Peers, Server, ServerFailed, running
 import embedding_server
 from embedding_server.backends.runtime import onnxruntime
 from embedding_server.commands.bench.workloads import build_workload, request_bodies
-from embedding_server.settings import available_cores
+from embedding_server.machine import available_cores
 
 __all__ = ["run"]
 

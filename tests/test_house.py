@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A module stands on the floor of its longest prefix here; it may import what
 # is below it, and what stands under the same prefix.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "logs", "processes"),
+    ("errors", "logs", "machine", "processes"),
     ("telemetry",),
     ("settings",),
     ("engine",),

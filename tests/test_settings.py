@@ -21,7 +21,6 @@ from embedding_server.errors import ConfigurationError
 from embedding_server.settings import (
     ENV_PREFIX,
     Settings,
-    cores_of_quotas,
     load_settings,
     rows,
     unknown_variables,
@@ -440,25 +439,3 @@ def test_the_script_in_the_checkout_is_the_same_command_line(
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == run_cli(*arguments).stdout
     assert os.access(ROOT / "embedding-server.py", os.X_OK)
-
-
-@pytest.mark.parametrize(
-    ("quotas", "cores"),
-    [
-        ({}, None),
-        ({"a/b": "max 100000", "a": "max 100000"}, None),
-        ({"": "250000 100000"}, 2),
-        ({"a/b": "400000 100000", "a": "150000 50000"}, 3),
-        ({"a/b": "50000 100000"}, 1),
-        ({"c": "100000 100000"}, None),
-    ],
-    ids=["none", "max", "container", "slice", "fraction", "another"],
-)
-def test_cores_of_quotas(quotas: dict[str, str], cores: int | None, tmp_path: Path) -> None:
-    root = tmp_path / "cgroup"
-    (root / "a" / "b").mkdir(parents=True)
-    (tmp_path / "cpu.max").write_text("100000 100000\n")  # above the root, and so none of ours
-    for group, quota in quotas.items():
-        (root / group).mkdir(exist_ok=True)
-        (root / group / "cpu.max").write_text(f"{quota}\n")
-    assert cores_of_quotas(root, "a/b") == cores

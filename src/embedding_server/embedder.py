@@ -21,10 +21,11 @@ from embedding_server.engine.parameters import EmbedParams
 from embedding_server.engine.postprocess import OutputDtype
 from embedding_server.engine.tokenizer import Input
 from embedding_server.errors import ConfigurationError, NotReady
+from embedding_server.machine import available_cores
 from embedding_server.models.choice import spec_of
 from embedding_server.models.loader import NO_LIMITS, LoadOptions
 from embedding_server.models.registry import Registry
-from embedding_server.settings import BACKEND_CHOICES, Settings, available_cores
+from embedding_server.settings import BACKEND_CHOICES, Settings
 from embedding_server.telemetry import Telemetry
 
 __all__ = ["Embedder"]

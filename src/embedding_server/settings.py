@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,8 +38,6 @@ __all__ = [
     "ENV_PREFIX",
     "Row",
     "Settings",
-    "available_cores",
-    "cores_of_quotas",
     "load_settings",
     "rows",
     "unknown_variables",
@@ -326,33 +323,6 @@ class _Environment(EnvSettingsSource):
         if str(values.get("port")).startswith("tcp://"):
             del values["port"]
         return values
-
-
-def available_cores() -> int:
-    """Cores this process may use: its affinity, and the quotas of its control groups (v2)."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:
-        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-        (group,) = [line.removeprefix("0::/") for line in groups if line.startswith("0::/")]
-    except (OSError, ValueError):
-        return cores
-    return min(cores, cores_of_quotas(Path("/sys/fs/cgroup"), group) or cores)
-
-
-def cores_of_quotas(root: Path, group: str) -> int | None:
-    """What the ``cpu.max`` of ``group`` and of all above it, up to ``root``, leave of cores.
-
-    At least 1; fractions are cut off. None if no quota is set. Source: cgroup-v2.rst of Linux.
-    """
-    cores: list[int] = []
-    for folder in (root / group, *(root / group).parents):
-        with contextlib.suppress(OSError, ValueError):  # no such file at the root, or "max"
-            quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
-            cores.append(max(1, int(quota) // int(period)))
-        if folder == root:
-            break
-    return min(cores, default=None)
 
 
 def load_settings(flags: Mapping[str, object], config: Path | None = None) -> Settings:

@@ -166,7 +166,7 @@ print(*answers)
 
 PROBE = r"""
 import ctypes, json, mmap, os, pathlib, socket
-from embedding_server.settings import available_cores
+from embedding_server.machine import available_cores
 
 def refused(what, *arguments, **named):
     try:

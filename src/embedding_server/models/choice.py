@@ -9,10 +9,11 @@ from dataclasses import replace
 
 from embedding_server.engine.engine import Limits
 from embedding_server.errors import ConfigurationError
+from embedding_server.machine import available_cores
 from embedding_server.models.catalog import DEFAULT_MODELS
 from embedding_server.models.loader import LoadOptions
 from embedding_server.models.spec import ModelSpec, parse_spec
-from embedding_server.settings import Settings, available_cores
+from embedding_server.settings import Settings
 
 __all__ = ["load_options_of", "spec_of", "specs_named", "specs_of"]
 

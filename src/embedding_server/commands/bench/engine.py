@@ -27,11 +27,12 @@ from embedding_server.engine.backend import Backend
 from embedding_server.engine.batch import Batch, Encoding, Entry
 from embedding_server.engine.scheduler import Scheduler
 from embedding_server.errors import ConfigurationError
+from embedding_server.machine import available_cores
 from embedding_server.models.catalog import DEFAULT_MODELS
 from embedding_server.models.hub import locate
 from embedding_server.models.layout import read_layout
 from embedding_server.models.spec import parse_spec
-from embedding_server.settings import Settings, available_cores
+from embedding_server.settings import Settings
 
 __all__ = ["bench_engine"]
 

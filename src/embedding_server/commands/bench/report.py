@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from embedding_server import __version__
-from embedding_server.settings import available_cores
+from embedding_server.machine import available_cores
 
 __all__ = [
     "environment",

@@ -32,10 +32,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("models",),
     ("api", "embedder"),
-    ("app",),
+    ("app", "corpus"),
     ("serving",),
-    ("commands",),
     ("ray",),
+    ("commands",),
     ("cli",),
     ("",),
 )

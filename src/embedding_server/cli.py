@@ -383,19 +383,28 @@ def _run(command: str, options: dict[str, Any]) -> int:
 
 
 def _embed(settings: Settings, options: dict[str, Any]) -> int:
-    from embedding_server.commands.embed import CorpusOptions, embed_corpus
+    from embedding_server.commands.embed import check_settings, embed_corpus
+    from embedding_server.corpus.options import CorpusOptions
+    from embedding_server.engine.parameters import EmbedParams
 
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaving nothing half
+    check_settings(settings)
     on_ray = options.pop("ray")
     names = ("address", "actors", "gpus")
     cluster = {name: options.pop(f"ray_{name}") for name in names if f"ray_{name}" in options}
+    corpus = CorpusOptions(
+        files=options.pop("files"),
+        output=options.pop("output"),
+        field=options.pop("field"),
+        params=EmbedParams(**options),
+    )
     if on_ray:
         from embedding_server.ray.corpus import ClusterOptions, embed_on_ray
 
-        return embed_on_ray(settings, CorpusOptions(**options), ClusterOptions(**cluster))
+        return embed_on_ray(settings, corpus, ClusterOptions(**cluster))
     if cluster:
         raise ConfigurationError(f"--ray-{next(iter(cluster))} needs --ray.")
-    return embed_corpus(settings, CorpusOptions(**options))
+    return embed_corpus(settings, corpus)
 
 
 def _bench(

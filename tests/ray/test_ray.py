@@ -26,7 +26,8 @@ from packaging.utils import canonicalize_name
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from readme import ROOT, blocks, commands, section
 
-from embedding_server.commands.embed import CorpusOptions
+from embedding_server.corpus.options import CorpusOptions
+from embedding_server.engine.parameters import EmbedParams
 from embedding_server.errors import ConfigurationError, ModelUnavailable, NotReady, Overloaded
 from embedding_server.ray.corpus import ClusterOptions, PartEmbedder, begun, parts_of, shares_of
 from embedding_server.ray.metrics import Metrics, reporting
@@ -278,7 +279,7 @@ def embedded(file: Path, output: Path) -> dict[str, Any]:
     settings = load_settings({"model": MODEL, "threads": "1"})
     (part,) = parts_of([file], "text")
     output.mkdir()
-    actor = PartEmbedder(settings, CorpusOptions([str(file)], field="text"), output)
+    actor = PartEmbedder(settings, CorpusOptions([str(file)], EmbedParams(), field="text"), output)
     told = actor({name: np.array([value]) for name, value in asdict(part).items()})
     return {name: values[0] for name, values in told.items()}
 

@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from embedding_server.commands.embed import CorpusOptions, Line, embedded, the_one_model
-from embedding_server.commands.writers import import_pyarrow, vector_column, whole_file
+from embedding_server.corpus.embedding import embed_lines
+from embedding_server.corpus.lines import Line
+from embedding_server.corpus.options import CorpusOptions
+from embedding_server.corpus.writers import import_pyarrow, vector_column, whole_file
 from embedding_server.embedder import Embedder
 from embedding_server.engine.info import ModelInfo
 from embedding_server.errors import ConfigurationError, EmbeddingServerError
@@ -87,11 +89,10 @@ def embed_on_ray(settings: Settings, options: CorpusOptions, cluster: ClusterOpt
     """
     _check_extra()
     settings = with_whole_paths(settings)
-    model = the_one_model(settings)
     files = _files(options.files)
     parts = parts_of(files, options.field)
     # Here, too, so that what the options can't mean is told before a cluster is busy.
-    with Embedder.from_settings(model, settings) as embedder:
+    with Embedder.from_settings(settings.model[0], settings) as embedder:
         info = embedder.info
         embedder.embed_detailed(["text"], options.params)
     folder = begun(options.output, _manifest(settings, options, info, files))
@@ -162,10 +163,9 @@ class PartEmbedder:
         vectors = []
         cut: list[Line] = []
         lines = _lines(part, table.column(field))
-        for chunk, embeddings in embedded(self._embedder, lines, self._options.params):
-            vectors.append(embeddings.vectors)
-            pairs = zip(chunk, embeddings.encodings, strict=True)
-            cut += [line for line, encoding in pairs if encoding.truncated]
+        for chunk in embed_lines(self._embedder, lines, self._options.params):
+            vectors.append(chunk.embeddings.vectors)
+            cut += chunk.truncated
         told = {"truncated": len(cut), "first_cut": cut[0].place if cut else ""}
         table = table.append_column(COLUMN, vector_column(np.concatenate(vectors)))
         metadata = {**(table.schema.metadata or {}), _TOLD: json.dumps(told)}
@@ -362,8 +362,8 @@ def _manifest(
     settings: Settings, options: CorpusOptions, info: ModelInfo, files: Sequence[Path]
 ) -> dict[str, Any]:
     """All that a vector depends on, and what the parts are of."""
-    asked = dataclasses.asdict(options)
-    del asked["files"], asked["output"]
+    asked = {"field": options.field, **dataclasses.asdict(options.params)}
+    del asked["output_dtype"]
     stats = [(file, file.stat()) for file in files]
     return {
         "model": info.name,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 # docker build -t embedding-server .
-# What can be chosen, each with --build-arg NAME=VALUE:
+# The options, each set with --build-arg NAME=VALUE:
 
-# Any image with Python 3.11 or newer and its venv module; a glibc one, as the wheels are.
+# Any image with Python 3.11 or newer, its venv module, and glibc, which the wheels need.
 ARG BASE=docker.io/library/python:3.13-slim
 
 # ------------------------------------------------------------------- the server, in /opt/venv
@@ -12,8 +12,8 @@ ARG EXTRAS=""
 WORKDIR /source
 COPY pyproject.toml constraints.txt README.md LICENSE-MIT LICENSE-APACHE ./
 COPY src src
-# pip stands in an environment of its own, which stays behind. It compiles what it installs, so that
-# a start on a read-only file system needn't. Tests that packages carry are 37 of 267 MB.
+# pip is in a separate environment, which is not shipped. It compiles the packages, as a read-only
+# file system can't store bytecode at start. The packages' own tests are 37 of 267 MB.
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --without-pip /opt/venv \
     && python3 -m venv /pip \
@@ -22,13 +22,13 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 # --------------------------------------------------------------------- the models, in /models
 FROM server AS models
-# Names as `embedding-server models pull` takes them, separated by spaces; empty bakes none.
+# Names as `embedding-server models pull` takes them, separated by spaces; empty for no models.
 ARG MODELS="all-MiniLM-L6-v2"
 # The hub, or a mirror of it.
 ARG HF_ENDPOINT=https://huggingface.co
-# What lies in the folder models/ of the checkout is taken from there, the rest from the hub. The
+# Models in the checkout's folder models/ are copied from there, the others come from the hub. The
 # token for gated models is a secret: --secret id=HF_TOKEN,env=HF_TOKEN.
-# What is baked is what `serve` serves by itself, so the names go into its configuration, too.
+# `serve` serves the models of the image by default, so their names are in its configuration.
 RUN --mount=type=bind,target=/context --mount=type=secret,id=HF_TOKEN \
     mkdir -p /out/models /out/etc /cache && : > /out/etc/embedding-server.toml \
     && if [ -n "${MODELS}" ]; then \
@@ -39,7 +39,7 @@ RUN --mount=type=bind,target=/context --mount=type=secret,id=HF_TOKEN \
         && echo "model = \"$(echo ${MODELS} | tr ' ' ',')\"" > /out/etc/embedding-server.toml; \
     fi
 
-# ------------------------------------------------------------------------------- what is shipped
+# ----------------------------------------------------------------------------- the shipped image
 FROM ${BASE}
 ARG SOURCE=unknown
 ARG VERSION=unknown
@@ -51,10 +51,10 @@ LABEL org.opencontainers.image.title="embedding-server" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 COPY --from=models /out /
-# Models that are asked for and aren't in /models come here; the user below must be let in.
+# Requested models that aren't in /models are downloaded to /cache, which the user below must own.
 COPY --from=models --chown=65532:65532 /cache /cache
 COPY --from=server /opt/venv /opt/venv
-# /dev/shm is there and can be written to under --read-only, too; --workers keeps its counters in it.
+# /dev/shm is writable under --read-only, too; --workers stores its counters there.
 ENV PATH=/opt/venv/bin:${PATH} \
     EMBEDDING_SERVER_CONFIG=/etc/embedding-server.toml \
     EMBEDDING_SERVER_HOST=0.0.0.0 \

@@ -19,7 +19,7 @@ let
     import ./model-hashes.nix { inherit (lib) fakeHash; }
   );
 
-  # What pyproject.toml's extras bring for running the tests.
+  # The requirements of the tests, from pyproject.toml's extras.
   testing = requirements.extra "test" ++ requirements.extra "torch";
   model-package = pkgs.callPackage ./model-package.nix rec {
     inherit python;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-# A layered image that serves the models inside it and never asks the hub.
+# A layered image that serves its own models and never connects to the hub.
 {
   lib,
   dockerTools,
@@ -29,7 +29,7 @@ dockerTools.buildLayeredImage {
       "EMBEDDING_SERVER_LOAD_MODELS_FROM=/models"
       "EMBEDDING_SERVER_MODEL=${builtins.concatStringsSep "," served}"
       "HF_HUB_OFFLINE=1"
-      # Always there and writable, also where the root is neither; --workers keeps counters in it.
+      # Writable also with a read-only root; --workers stores its counters there.
       "TMPDIR=/dev/shm"
     ];
     ExposedPorts."5000/tcp" = { };

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-# A folder for PYTHONPATH in which the model stands where the catalog looks for an installed package
-# that carries it. The tests find it there.
+# A folder for PYTHONPATH that has the model at the place where the catalog looks for an installed
+# package with the model. The tests find it there.
 {
   runCommand,
   python,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-# A model of the catalog as `$out/NAME`. Fetching it is impure and the only step with network; the
-# hash of what is copied out of it makes it an input like any other.
+# A model of the catalog as `$out/NAME`. Fetching it is impure and the only step with network; its
+# copy has a fixed hash and is an ordinary input.
 {
   lib,
   runCommand,

@@ -9,7 +9,7 @@
 let
   inherit (pyproject) project;
   inherit (requirements) lagging;
-  # pyproject.toml takes it from there, too.
+  # pyproject.toml reads the version from the same file.
   source = builtins.readFile ../src/embedding_server/__init__.py;
   version = builtins.head (builtins.match ".*\n__version__ = \"([^\"]+)\".*" source);
   describe = { name, atLeast, ... }: "${name} ${python.pkgs.${name}.version} (wanted: ${atLeast})";
@@ -19,7 +19,7 @@ python.pkgs.buildPythonPackage {
   inherit version;
   pyproject = true;
 
-  # Only what the wheel is made of, so that a change of a test or a page builds nothing anew.
+  # Only the files of the wheel, so that a change of a test or a page rebuilds nothing.
   src = builtins.path {
     name = "embedding-server-source";
     path = ../.;
@@ -44,7 +44,7 @@ python.pkgs.buildPythonPackage {
     name: _: requirements.extra name
   ) project.optional-dependencies;
 
-  # Older versions are taken, and said; what is too new is still refused by the build.
+  # Older versions are accepted with a warning; versions that are too new fail the build.
   pythonRelaxDeps = lib.warnIf (lagging != [ ]) ''
     this nixpkgs has older versions than pyproject.toml asks for, with which embedding-server is
     not tested: ${builtins.concatStringsSep ", " (map describe lagging)}. Take a newer nixpkgs, or

@@ -47,7 +47,8 @@ let
 
   extra = name: builtins.concatMap packages project.optional-dependencies.${name};
 
-  # A requirement's package, and what its extras bring; an own extra stands for its requirements.
+  # The package of a requirement and those of its extras; an extra of this project is replaced by its
+  # requirements.
   packages =
     requirement:
     let
@@ -66,7 +67,7 @@ in
   build = builtins.concatMap packages pyproject.build-system.requires;
   runtime = builtins.concatMap packages project.dependencies;
 
-  # The runtime requirements that nixpkgs has only in older versions than pyproject.toml asks for.
+  # The runtime requirements of which nixpkgs has only versions older than pyproject.toml requires.
   lagging = builtins.filter (
     { name, atLeast, ... }: builtins.compareVersions (find name).version atLeast < 0
   ) (map parse project.dependencies);

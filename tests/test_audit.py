@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""scripts/audit: a known vulnerability fails, and what can't be asked is said."""
+"""scripts/audit: a known vulnerability fails it, and an unavailable index is reported."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(checkout: Path, **env: str) -> subprocess.CompletedProcess[str]:
 def test_reports(
     checkout: Path, script: ModuleType, report: list[dict[str, Any]], code: int, told: str
 ) -> None:
-    """pip-audit ends with 1 when it has found something, as the stand-in does."""
+    """The stand-in ends with 1 after a finding, as pip-audit does."""
     program = checkout / ".venv" / f"pip-audit-{script.VERSION}" / "bin" / "pip-audit"
     program.parent.mkdir(parents=True)
     program.write_text(STAND_IN.format(python=sys.executable, report=report, code=code))
@@ -72,7 +72,7 @@ def test_reports(
     assert told in done.stderr
 
 
-def test_a_failing_program_is_said(checkout: Path, script: ModuleType) -> None:
+def test_a_failing_program_is_reported(checkout: Path, script: ModuleType) -> None:
     program = checkout / ".venv" / f"pip-audit-{script.VERSION}" / "bin" / "pip-audit"
     program.parent.mkdir(parents=True)
     program.write_text(f"#!{sys.executable}\nraise SystemExit('no way to the index')\n")
@@ -82,7 +82,7 @@ def test_a_failing_program_is_said(checkout: Path, script: ModuleType) -> None:
     assert "constraints.txt is not audited: no way to the index" in done.stderr
 
 
-def test_without_an_index_it_says_so(checkout: Path) -> None:
+def test_an_unavailable_index_is_reported(checkout: Path) -> None:
     nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_CONFIG_FILE": os.devnull}
     done = run(checkout, **nowhere, PIP_NO_INDEX="", PIP_EXTRA_INDEX_URL="", PIP_FIND_LINKS="")
     assert done.returncode == 0
@@ -91,5 +91,5 @@ def test_without_an_index_it_says_so(checkout: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_it_is_part_of_the_check() -> None:
+def test_the_check_runs_the_audit() -> None:
     assert (ROOT / "scripts" / "check").read_text().splitlines()[-1] == "scripts/audit"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The generated pages are what the code says: undocumented means failing."""
+"""The generated pages are up to date with the code: an undocumented row fails."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What a process connects to: the hub it was asked for, and nothing else, ever.
+"""A process connects to the configured hub and to nothing else.
 
-Each runs twice under observation: Python's own audit events tell what Python opens or looks up, and
-strace, where it is installed, what native code does past Python.
+Each test runs twice: Python's audit events show what Python opens or looks up, and strace, where it
+is installed, shows the system calls of native code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import embedding_server
 
 MODEL = "all-MiniLM-L6-v2"
 
-# What would make libraries send something, if anything could.
+# Variables that make libraries send telemetry, where they have any.
 INVITING = {
     "HF_HUB_OFFLINE": "0",
     "FASTAPI_OTEL_AUTO_CONFIGURE": "true",
@@ -61,7 +61,7 @@ CALL = re.compile(r"(?:connect|sendto|sendmsg|sendmmsg)\(.*?sin6?_port=htons\((\
 
 @dataclass(frozen=True)
 class Observed:
-    """A process under observation, and what it has reached out for."""
+    """An observed process, and the addresses that it contacted."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -69,9 +69,9 @@ class Observed:
     strace: Path | None
 
     def reached(self) -> set[tuple[str, int]]:
-        """(host, port) of all it has connected to, sent to or looked up, once it has ended."""
+        """Wait for its end; ``(host, port)`` of all that it connected to, sent to or looked up."""
         if self.strace is not None:
-            strace = self.strace  # what watches ends after what is watched
+            strace = self.strace  # strace ends after the process that it observes
             end = re.compile(rf"^{self.process.pid} +\+\+\+ exited", re.MULTILINE)
             until(lambda: end.search(strace.read_text()) is not None)
             return {(host, int(port)) for port, host in CALL.findall(strace.read_text())}
@@ -82,12 +82,12 @@ class Observed:
 def observe(
     folder: Path, *arguments: str, env: Mapping[str, str], traced: bool, stdin: bytes = b""
 ) -> Observed:
-    """``embedding-server`` with ``arguments``, started."""
+    """Start ``embedding-server`` with ``arguments``."""
     (folder / "sitecustomize.py").write_text(AUDIT)
     audit, log, strace = folder / "audit", folder / "log", folder / "strace"
     audit.touch()
     (folder / "stdin").write_bytes(stdin)
-    # Its own tracer, so that it keeps its pid.
+    # -D detaches strace, so that the process keeps its pid.
     tracer = ["strace", "-D", "-f", "-q", "-e", "signal=none"]
     tracer += ["-e", "trace=connect,sendto,sendmsg,sendmmsg,exit_group", "-o", str(strace)]
     command = [sys.executable, "-m", "embedding_server.cli", *arguments]
@@ -160,7 +160,7 @@ def test_embed_connects_to_nothing(tmp_path: Path, traced: bool) -> None:
         assert observed.reached() == set()
 
 
-def test_a_server_connects_to_the_hub_that_it_was_asked_for(tmp_path: Path, traced: bool) -> None:
+def test_a_server_connects_to_the_configured_hub(tmp_path: Path, traced: bool) -> None:
     tiny = tiny_models.make_bert(tmp_path / "tiny").folder
     with HubStandIn({"org/tiny": tiny}) as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
@@ -174,8 +174,8 @@ def test_a_server_connects_to_the_hub_that_it_was_asked_for(tmp_path: Path, trac
     assert {host for host, _ in reached} <= {"127.0.0.1", "localhost", "::1"}
 
 
-def test_the_observation_sees(tmp_path: Path, traced: bool) -> None:
-    """A hub at an address that nobody answers at is reached out for, and that is seen."""
+def test_a_connection_is_observed(tmp_path: Path, traced: bool) -> None:
+    """A hub at an address without a server is contacted, and the observation shows it."""
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
     arguments = ("serve", "--port", "0", "--model", "org/tiny")
     with ended(observe(tmp_path, *arguments, env=env, traced=traced)) as observed:
@@ -183,10 +183,10 @@ def test_the_observation_sees(tmp_path: Path, traced: bool) -> None:
         assert ("127.0.0.1", 9) in observed.reached()
 
 
-def test_onnx_runtime_leaves_no_trace(tmp_path: Path) -> None:
-    """Its builds keep ids and what they are going to send in files, unless they are told not to.
+def test_onnx_runtime_writes_no_telemetry_files(tmp_path: Path) -> None:
+    """Its builds store ids and unsent telemetry in files unless telemetry is off.
 
-    They don't where they find themselves in CI, so that this process must not look like it.
+    They don't if they detect CI, so this process must not look like CI.
     """
     home, temporary = tmp_path / "home", tmp_path / "temporary"
     home.mkdir()
@@ -209,7 +209,7 @@ def test_onnx_runtime_leaves_no_trace(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_onnx_runtime_is_loaded_in_one_place() -> None:
+def test_one_module_imports_onnx_runtime() -> None:
     source = Path(embedding_server.__file__).parent
     loading = [
         path.relative_to(source).as_posix()

@@ -23,14 +23,14 @@ from readme import before_deployment, blocks, commands
 ROOT = Path(__file__).parent.parent
 README = before_deployment()
 COMMANDS = commands(README)
-# A newcomer's machine has no environment of ours around it.
+# Long enough for the downloads of a first installation.
 INSTALL_SECONDS = 900
 SERVE = "scripts/serve --model all-MiniLM-L6-v2"
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of this checkout, without what was installed or built in it."""
+    """A copy of this checkout without installed or built files."""
     target = tmp_path_factory.mktemp("fresh") / "embedding-server"
     ignored = shutil.ignore_patterns(
         ".venv", ".git", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info"
@@ -40,7 +40,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def newcomer() -> dict[str, str]:
-    # http and curl come from the machine; here HTTPie is beside the Python that runs the tests.
+    # curl comes from the machine, HTTPie from the environment that runs the tests.
     path = f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}"
     return {**environment(), "PATH": path, "HOME": os.environ.get("HOME", "/tmp")}
 
@@ -73,7 +73,7 @@ def serving(checkout: Path, command: str, port: int) -> Iterator[subprocess.Pope
 def port(checkout: Path) -> Iterator[int]:
     """The port of the server that the README's first command installs and starts."""
     assert COMMANDS[0] == SERVE
-    # What an interrupted first call leaves: an environment without pip.
+    # An interrupted first call leaves an environment without pip.
     left = [sys.executable, "-m", "venv", "--without-pip", str(checkout / ".venv")]
     subprocess.run(left, check=True)
     number = free_port()
@@ -95,7 +95,7 @@ def run(checkout: Path, command: str, timeout: float = 120) -> str:
     return done.stdout
 
 
-def test_the_two_commands_lead() -> None:
+def test_the_first_commands_serve_and_test() -> None:
     assert COMMANDS[0].startswith("scripts/serve")
     assert "scripts/test" in COMMANDS[:3]
 
@@ -107,8 +107,8 @@ def test_the_server_is_installed_without_torch(checkout: Path, port: int) -> Non
         assert package not in listed
 
 
-def test_a_second_start_does_not_ask_the_index(checkout: Path, port: int) -> None:
-    """With an index that refuses every connection, it starts all the same."""
+def test_a_second_start_needs_no_index(checkout: Path, port: int) -> None:
+    """It starts although the index refuses every connection."""
     command = f"PIP_INDEX_URL=http://127.0.0.1:9 PIP_NO_CACHE_DIR=1 {SERVE}"
     with serving(checkout, f"env {command}", free_port()):
         pass
@@ -159,8 +159,8 @@ def other_commands() -> list[str]:
 
 
 def test_the_other_commands(checkout: Path, port: int) -> None:
-    """In their order, as one may need what another has made."""
-    # Comparing with sentence-transformers needs the extra that scripts/test brings.
+    """In the README's order, as one may need the output of another."""
+    # scripts/test installs the extra that the comparison with sentence-transformers needs.
     run(checkout, "scripts/test --collect-only -q tests/test_readme.py", INSTALL_SECONDS)
     for command in other_commands():
         if command.startswith("scripts/serve"):

@@ -51,7 +51,7 @@ def run(checkout: Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("report", "code", "told"),
+    ("report", "code", "message"),
     [
         ([FOUND, SOUND, SKIPPED], 1, "shop 1.0: PYSEC-1, CVE-1 (fixed in 1.1)"),
         ([FOUND, SOUND, SKIPPED], 1, "2 versions audited, 1 known vulnerabilities, 1 not known"),
@@ -60,7 +60,7 @@ def run(checkout: Path, **env: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_reports(
-    checkout: Path, script: ModuleType, report: list[dict[str, Any]], code: int, told: str
+    checkout: Path, script: ModuleType, report: list[dict[str, Any]], code: int, message: str
 ) -> None:
     """The stand-in ends with 1 after a finding, as pip-audit does."""
     program = checkout / ".venv" / f"pip-audit-{script.VERSION}" / "bin" / "pip-audit"
@@ -69,7 +69,7 @@ def test_reports(
     program.chmod(0o755)
     done = run(checkout)
     assert done.returncode == code
-    assert told in done.stderr
+    assert message in done.stderr
 
 
 def test_a_failing_program_is_reported(checkout: Path, script: ModuleType) -> None:

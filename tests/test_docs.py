@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -57,6 +59,22 @@ def test_every_metric_that_is_exposed_is_in_the_table() -> None:
         for family in text_string_to_metric_families(body.decode())
     }
     assert exposed == {metric.exposed_name for metric in METRICS}
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    """Each file once, so that a reader finds the one to change from the page alone."""
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    drawing = re.findall(r"^```\n(.*?)^```", page.partition("## The package")[2], re.M | re.S)[0]
+    modules = (ROOT / "src" / "embedding_server").rglob("*.py")
+    named = Counter(re.findall(r"\w+\.py", drawing))
+    assert named == Counter(path.name for path in modules if path.name != "__init__.py")
+
+
+def test_the_architecture_page_names_only_files_that_exist() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    folders = (ROOT, ROOT / "src" / "embedding_server")
+    for path in re.findall(r"`([\w./-]+/[\w.-]+\.\w+)`", page):
+        assert any((folder / path).is_file() for folder in folders), path
 
 
 def test_the_script_runs() -> None:

@@ -46,13 +46,13 @@ def tell(event, args):
     if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
         where = args[1]
         if isinstance(where, tuple):
-            print(event, where[0], where[1], file=told, flush=True)
+            print(event, where[0], where[1], file=events, flush=True)
     elif event == "socket.getaddrinfo":
-        print(event, args[0], args[1], file=told, flush=True)
+        print(event, args[0], args[1], file=events, flush=True)
     elif event in ("socket.gethostbyname", "socket.gethostbyaddr"):
-        print(event, args[0], 0, file=told, flush=True)
+        print(event, args[0], 0, file=events, flush=True)
 
-told = open(os.environ["AUDIT_FILE"], "a")
+events = open(os.environ["AUDIT_FILE"], "a")
 sys.addaudithook(tell)
 """
 
@@ -75,8 +75,8 @@ class Observed:
             end = re.compile(rf"^{self.process.pid} +\+\+\+ exited", re.MULTILINE)
             until(lambda: end.search(strace.read_text()) is not None)
             return {(host, int(port)) for port, host in CALL.findall(strace.read_text())}
-        told = [line.split() for line in self.audit.read_text().splitlines()]
-        return {(host, int(port) if port.isdecimal() else 0) for _, host, port in told}
+        events = [line.split() for line in self.audit.read_text().splitlines()]
+        return {(host, int(port) if port.isdecimal() else 0) for _, host, port in events}
 
 
 def observe(

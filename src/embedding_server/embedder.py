@@ -22,9 +22,9 @@ from embedding_server.engine.postprocess import OutputDtype
 from embedding_server.engine.tokenizer import Input
 from embedding_server.errors import ConfigurationError, NotReady
 from embedding_server.machine import available_cores
-from embedding_server.models.choice import spec_of
 from embedding_server.models.loader import NO_LIMITS, LoadOptions
 from embedding_server.models.registry import Registry
+from embedding_server.models.spec import parse_spec
 from embedding_server.settings import BACKEND_CHOICES, Settings
 from embedding_server.telemetry import Telemetry
 
@@ -61,7 +61,7 @@ class Embedder:
             raise ConfigurationError(
                 f"There is no backend {backend!r}; there are {', '.join(BACKEND_CHOICES)}."
             )
-        spec = spec_of(model, revision)
+        spec = parse_spec(model, revision=revision)
         self._registry = Registry(
             [spec],
             LoadOptions(
@@ -89,7 +89,7 @@ class Embedder:
     @classmethod
     def from_settings(cls, model: str, settings: Settings) -> Self:
         """The embedder of ``model`` as the command line's ``settings`` want it."""
-        name = spec_of(model, settings.revision).name
+        name = parse_spec(model, revision=settings.revision).name
         if unknown := set(settings.matryoshka_sizes) - {name}:
             raise ConfigurationError(
                 f"--matryoshka names {', '.join(unknown)}, but the model is {name}."

@@ -100,7 +100,7 @@ def test_a_full_disk_and_then_room(
     assert "could not be written to" in told
     assert str(cache) in told
     assert "No space left on device" in told
-    assert "make room or give access there, or set HF_HOME to another folder" in told
+    assert "free space or allow writing there, or set HF_HOME to another folder" in told
 
 
 @needs_mounts

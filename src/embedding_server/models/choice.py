@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Which models the settings want served, and how."""
+"""Which models the settings name, and how they are to be loaded."""
 
 from __future__ import annotations
 
@@ -15,42 +15,26 @@ from embedding_server.models.loader import LoadOptions
 from embedding_server.models.spec import ModelSpec, parse_spec
 from embedding_server.settings import Settings
 
-__all__ = ["load_options_of", "spec_of", "specs_named", "specs_of"]
-
-
-def spec_of(text: str, revision: str | None, *, requested: bool = True) -> ModelSpec:
-    """The model that ``text`` names, at ``revision`` if that is set.
-
-    Raises ModelUnavailable for what is no model, and ConfigurationError where ``revision`` could
-    only be ignored.
-    """
-    spec = parse_spec(text, revision=revision, requested=requested)
-    if revision and spec.revision != revision:
-        has = "is a folder" if spec.folder else f"names the revision {spec.revision} itself"
-        raise ConfigurationError(
-            f"--revision {revision} can't apply to {text}, which {has}: leave one of the two out "
-            "(--revision may also come from EMBEDDING_SERVER_REVISION or the TOML file)."
-        )
-    return spec
+__all__ = ["load_options_of", "specs_named", "specs_of"]
 
 
 def specs_named(
     names: Sequence[str], revision: str | None, *, requested: bool = True
 ) -> list[ModelSpec]:
-    """As `spec_of` for each of ``names``; only one of them can have ``revision``."""
+    """`parse_spec` of each of ``names``; with ``revision`` there must be exactly one."""
     if revision and len(names) != 1:
         raise ConfigurationError(
             "--revision (or EMBEDDING_SERVER_REVISION) needs exactly one --model, or one NAME; "
             "else write ID@REVISION for each."
         )
-    return [spec_of(name, revision, requested=requested) for name in names]
+    return [parse_spec(name, revision=revision, requested=requested) for name in names]
 
 
 def specs_of(settings: Settings) -> list[ModelSpec]:
-    """The models to be served, in their order.
+    """The models to serve, in their order.
 
-    Raises ModelUnavailable for a --model that can't be understood, and ConfigurationError for
-    settings that can't be meant, as two models of the same name.
+    Raises ModelUnavailable for a --model that names no model, and ConfigurationError for settings
+    that contradict each other, as two models of the same name.
     """
     names = settings.served_model_name
     if names and len(names) != len(settings.model):
@@ -67,19 +51,19 @@ def specs_of(settings: Settings) -> list[ModelSpec]:
     twice = [name for name, count in served.items() if count > 1]
     if twice:
         raise ConfigurationError(
-            f"More than one --model would be served as {', '.join(twice)}: give each a "
-            "name of its own with --served-model-name."
+            f"More than one --model would be served as {', '.join(twice)}: give each "
+            "another name with --served-model-name."
         )
     if unknown := set(settings.matryoshka_sizes) - set(served):
         raise ConfigurationError(
-            f"--matryoshka names {', '.join(unknown)}, which isn't served; there are: "
+            f"--matryoshka names {', '.join(unknown)}, which isn't served; served are: "
             f"{', '.join(served)}."
         )
     return specs
 
 
 def load_options_of(settings: Settings) -> LoadOptions:
-    """How ``settings`` want models to be run."""
+    """The options of ``settings`` for loading and running models."""
     return LoadOptions(
         backend=settings.backend,
         threads=settings.threads or max(1, available_cores() // settings.workers),

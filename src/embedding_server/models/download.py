@@ -1,178 +1,145 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A repository of the hub -> a snapshot in the hub cache, by huggingface_hub, with limits.
+"""Downloads a model into the hub cache, in a child process that runs `models.fetch`.
 
-Whatever goes wrong ends in seconds, as a DownloadFailed that says why and what would help.
-huggingface_hub is imported on use: it takes 0.4 s.
+huggingface_hub takes its limits from the environment and from settings of the whole process; only
+a process made for one download can have them without changing this one.
 """
 
 from __future__ import annotations
 
-import errno
-import glob
-import hashlib
+import json
 import logging
 import os
-import re
-import shutil
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embedding_server.models.client import (
-    DownloadFailed,
-    bounded_client,
-    explained,
-    first_answer,
-)
-from embedding_server.models.repository import documents, lacks, weights
 from embedding_server.models.spec import ModelSpec
 
-__all__ = ["download_model"]
+__all__ = ["DownloadFailed", "DownloadRequest", "download_model"]
 
 _log = logging.getLogger("embedding_server.models")
 
-_ANSWER_SECONDS = 5.0
+_FIRST_ANSWER_SECONDS = 10.0
+"""Until the hub has listed the repository: resolving its name and address has no other limit."""
 _REMEMBER_SECONDS = 30.0
 
-_lock = threading.Lock()
 _unreachable: dict[str, tuple[float, str]] = {}
 """Hub address -> when and why it last failed, so that three models wait for a dead network once."""
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadRequest:
+    """What the child process is to download; it is sent as JSON."""
+
+    repo: str
+    revision: str | None
+    cache: str
+    onnx_file: str | None
+    token: str | None
+    endpoint: str | None
+
+
+class DownloadFailed(Exception):
+    """Why a download failed, and what would help, if not the usual advice."""
+
+    def __init__(self, reason: str, fix: str | None = None, *, unreachable: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.fix = fix
+        self.unreachable = unreachable
 
 
 def download_model(
     spec: ModelSpec, cache: Path, *, token: str | None, onnx_file: str | None
 ) -> Path:
-    """The model's snapshot in the hub cache ``cache``; raises DownloadFailed and nothing else."""
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
-    # One at a time: the client's limits are set for the process, and a snapshot's files are
-    # fetched side by side anyway.
-    with _lock:
-        failed_at, why = _unreachable.get(endpoint or "", (-_REMEMBER_SECONDS, ""))
-        if time.monotonic() - failed_at < _REMEMBER_SECONDS:
-            raise DownloadFailed(why)
-        try:
-            with bounded_client():
-                return _fetch(spec, cache, token, onnx_file, endpoint)
-        except Exception as error:
-            _log.debug("the download of %s failed", spec.name, exc_info=True)
-            told = explained(error, spec, cache)
-            if told.unreachable:
-                _unreachable[endpoint or ""] = (time.monotonic(), told.reason)
-            raise told from None
-
-
-def _fetch(
-    spec: ModelSpec, cache: Path, token: str | None, onnx_file: str | None, endpoint: str | None
-) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-    repo, started = str(spec.repo), time.monotonic()
-    info = first_answer(
-        lambda: HfApi(endpoint=endpoint, token=token).model_info(
-            repo, revision=spec.revision, timeout=_ANSWER_SECONDS, files_metadata=True
-        )
+    """The model's snapshot in the hub cache ``cache``; raises DownloadFailed."""
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    failed_at, reason = _unreachable.get(endpoint, (-_REMEMBER_SECONDS, ""))
+    if time.monotonic() - failed_at < _REMEMBER_SECONDS:
+        raise DownloadFailed(reason)
+    request = DownloadRequest(
+        repo=str(spec.repo),
+        revision=spec.revision,
+        cache=str(cache),
+        onnx_file=onnx_file,
+        token=token,
+        endpoint=endpoint or None,
     )
-    files = {file.rfilename: file for file in info.siblings or ()}
-    for name in files:
-        _check_name(name, repo)
-    if lacking := lacks(files, onnx_file):
-        advice = "give a repository that has it"
-        if lacking == "model.safetensors" and "pytorch_model.bin" in files:
-            advice = "save its pytorch_model.bin, a pickle, as safetensors and give that folder"
-        raise DownloadFailed(f"the hub's repository {repo} has no {lacking}", advice)
-    small, large = documents(files), weights(files, onnx_file)
-    # A terminal shows bars instead.
-    level = logging.DEBUG if sys.stderr is not None and sys.stderr.isatty() else logging.INFO
-    megabytes = sum(files[name].size or 0 for name in (*small, *large)) / 1e6
-    _log.log(level, "downloading %s, %.1f MB, to %s", spec.title, megabytes, cache)
-
-    # The weights come last, so that a snapshot that has them has all the rest.
-    snapshot = Path(
-        snapshot_download(
-            repo,
-            revision=spec.revision or "main",
-            cache_dir=cache,
-            endpoint=endpoint,
-            token=token,
-            allow_patterns=[glob.escape(name) for name in small],
-            tqdm_class=_terminal_bar(),
-        )
-    )
-    storage, commit = snapshot.parent.parent, snapshot.name
-    for name in large:
-        lfs = files[name].lfs
-        # The digest becomes a file's name, and so must be one.
-        known = lfs is not None and re.fullmatch("[0-9a-f]{64}", lfs.sha256) is not None
-        if lfs is not None and known and not (snapshot / name).is_file():
-            url = hf_hub_url(repo, name, revision=commit, endpoint=endpoint)
-            headers = {**build_hf_headers(token=token), "Accept-Encoding": "identity"}
-            _fetch_large(url, headers, storage, lfs.sha256, lfs.size, name=name)
-        hf_hub_download(
-            repo, name, revision=commit, cache_dir=cache, endpoint=endpoint, token=token
-        )
-    for name in (*small, *large):
-        if not (snapshot / name).is_file():
-            raise DownloadFailed(f"the download from the hub left out {name}", "try again")
-    _log.log(level, "downloaded %s in %.1f s", spec.name, time.monotonic() - started)
+    started = time.monotonic()
+    try:
+        snapshot = _run_child(request, spec)
+    except DownloadFailed as failure:
+        if failure.unreachable:
+            _unreachable[endpoint] = (time.monotonic(), failure.reason)
+        raise
+    except OSError as error:
+        raise DownloadFailed(f"the process that downloads failed ({error})") from error
+    _log.log(_level(), "downloaded %s in %.1f s", spec.name, time.monotonic() - started)
     return snapshot
 
 
-def _fetch_large(
-    url: str, headers: dict[str, str], storage: Path, sha256: str, size: int, *, name: str
-) -> None:
-    """Put one large file into the cache, going on where an earlier run was cut.
-
-    huggingface_hub goes on within a run, but throws away what an ended one has fetched.
-    """
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-
-    blob = storage / "blobs" / sha256
-    part = blob.with_name(f"{sha256}.part")
-    lock = storage.parent / ".locks" / storage.name / f"{sha256}.lock"  # huggingface_hub's own
-    blob.parent.mkdir(parents=True, exist_ok=True)
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
-        if blob.exists():
-            return
-        with part.open("a+b") as file:
-            if (have := file.tell()) < size:
-                if shutil.disk_usage(storage).free < size - have:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(storage))
-                http_get(
-                    url,
-                    file,
-                    resume_size=have,
-                    headers=headers,
-                    expected_size=size,
-                    displayed_filename=name,
+def _run_child(request: DownloadRequest, spec: ModelSpec) -> Path:
+    outcome: dict[str, Any] = {}
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "embedding_server.models.fetch"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=_child_environment(),
+        text=True,
+        start_new_session=True,  # Ctrl-C ends this process, and so the child's standard input
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        limit = threading.Timer(_FIRST_ANSWER_SECONDS, child.kill)
+        limit.start()
+        child.stdin.write(json.dumps(asdict(request)) + "\n")
+        child.stdin.flush()
+        for line in child.stdout:
+            limit.cancel()
+            outcome = json.loads(line)
+            if "megabytes" in outcome:
+                size = outcome["megabytes"]
+                _log.log(
+                    _level(), "downloading %s, %.1f MB, to %s", spec.title, size, request.cache
                 )
-            file.seek(0)
-            whole = hashlib.file_digest(file, "sha256").hexdigest() == sha256
-        if not whole:
-            part.unlink()
-            raise DownloadFailed(f"what the hub sent as {name} was damaged", "try again")
-        part.replace(blob)
+        limit.cancel()
+    if "snapshot" in outcome:
+        return Path(outcome["snapshot"])
+    if "reason" in outcome:
+        _log.debug("the download of %s failed\n%s", spec.name, outcome.pop("traceback"))
+        raise DownloadFailed(**outcome)
+    if outcome:
+        raise DownloadFailed(f"the process that downloads ended with status {child.returncode}")
+    raise DownloadFailed(
+        f"the hub gave no answer within {_FIRST_ANSWER_SECONDS:.0f} s", unreachable=True
+    )
 
 
-def _terminal_bar() -> type[Any]:
-    """huggingface_hub's progress bar, shown on a terminal only, as all its others are."""
-    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+def _child_environment() -> Mapping[str, str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "HF_HUB_VERBOSITY": "error",
+        # The hub would be sent one request more, with facts about this process.
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        # Xet has its own client, with other hosts and without these limits.
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    if not _on_terminal():
+        environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    return environment
 
-    class Bar(tqdm):
-        def __init__(self, *args: Any, disable: bool | None = None, **options: Any) -> None:
-            super().__init__(*args, disable=disable, **options)  # type: ignore[no-untyped-call]
 
-    return Bar
+def _on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
-def _check_name(name: str, repo: str) -> None:
-    parts = re.split(r"[/\\]", name)
-    if ".." in parts or "" in parts or ":" in parts[0] or "\0" in name:
-        raise DownloadFailed(
-            f"the hub's repository {repo} lists a file outside of itself ({name!r})",
-            "give another repository, for this one is not to be trusted",
-        )
+def _level() -> int:
+    """A terminal shows progress bars instead of log lines."""
+    return logging.DEBUG if _on_terminal() else logging.INFO

@@ -11,8 +11,7 @@ from typing import Any
 
 from embedding_server.backends.base import Module
 from embedding_server.backends.head import pooling_modes
-from embedding_server.models.hub import sha256_of
-from embedding_server.models.json_files import read_json, read_object
+from embedding_server.models.files import read_json, read_object, sha256_of
 from embedding_server.models.layout import Layout
 
 __all__ = ["ARITHMETIC", "fingerprint"]

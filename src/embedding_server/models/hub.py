@@ -1,31 +1,29 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""ModelSpec -> local folder (folder | models folder | hub cache | packaged | hub@revision).
+"""ModelSpec -> local folder (folder | models folder | hub cache | package | download).
 
-What is on the machine is found without importing huggingface_hub, and so without its 0.4 s:
-only a download needs it.
+A model on this machine is found without importing huggingface_hub, which takes 0.4 s.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import logging
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from embedding_server.errors import ModelUnavailable
 from embedding_server.models.catalog import CATALOG
-from embedding_server.models.client import DownloadFailed
-from embedding_server.models.download import download_model
+from embedding_server.models.download import DownloadFailed, download_model
+from embedding_server.models.files import names_in, sha256_of
 from embedding_server.models.repository import essentials, lacks
 from embedding_server.models.spec import ModelSpec, is_folder, is_model_folder
 
-__all__ = ["LocatedModel", "locate", "sha256_of", "verify"]
+__all__ = ["LocatedModel", "locate", "verify"]
 
 _log = logging.getLogger("embedding_server.models")
 
@@ -34,11 +32,15 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class LocatedModel:
-    """A model's folder on this machine; ``revision`` is its commit, where that is known."""
+    """A model's folder on this machine."""
 
+    spec: ModelSpec
     folder: Path
     origin: Literal["folder", "models-dir", "cache", "package", "hub"]
     revision: str | None = None
+    """Its commit, if that is known."""
+    sha256: str | None = None
+    """What `verify` found to be the digest of ``model.safetensors``."""
 
 
 def locate(
@@ -49,28 +51,26 @@ def locate(
     token: str | None = None,
     onnx_file: str | None = None,
 ) -> LocatedModel:
-    """Find the model's folder, downloading it if it is nowhere on this machine.
+    """Find the model's folder, and download the model if this machine has none.
 
-    With ``onnx_file``, a path inside the repository, that file takes the place of the safetensors.
-    Only a packaged model's digest is looked at here; for the others there is `verify`.
-    Raises ModelUnavailable naming each place, why it wouldn't do, and what to do about it.
+    With ``onnx_file``, a path inside the repository, that file replaces the safetensors.
+    Raises ModelUnavailable naming each place, why it has no such model, and what to do about it.
     """
     if spec.folder is not None:
         if is_model_folder(spec.folder):
-            return LocatedModel(spec.folder, "folder")
+            return LocatedModel(spec, spec.folder, "folder")
         raise ModelUnavailable(
             f"{spec.folder} is no model's folder, for it holds neither config.json nor "
             "modules.json: give the folder that has them"
         )
-    places: tuple[Callable[[], LocatedModel | str | None], ...] = (
-        lambda: _in_models_dir(spec, models_dir),
-        lambda: _in_cache(spec, onnx_file),
-        lambda: _in_package(spec, onnx_file),
-    )
     reasons = []
-    for place in places:
+    for search in (
+        partial(_in_models_dir, spec, models_dir),
+        partial(_in_cache, spec, onnx_file),
+        partial(_in_package, spec, onnx_file),
+    ):
         try:
-            found = place()
+            found = search()
         except OSError as error:
             found = f"{error.filename} can't be read ({error.strerror})"
         if isinstance(found, LocatedModel):
@@ -85,47 +85,54 @@ def locate(
     else:
         try:
             snapshot = download_model(spec, _cache_folder(), token=token, onnx_file=onnx_file)
-            return LocatedModel(snapshot, "hub", snapshot.name)
+            return LocatedModel(spec, snapshot, "hub", snapshot.name)
         except DownloadFailed as error:
             reasons.append(error.reason)
             fix = error.fix
     raise ModelUnavailable(
-        f"the model {spec.title} can't be had: {'; '.join(reasons)}; to fix it, "
+        f"the model {spec.title} is not available: {'; '.join(reasons)}; to fix it, "
         f"{fix or _usual_fix(spec)}"
     )
 
 
-def verify(located: LocatedModel, spec: ModelSpec) -> None:
-    """Hold ``model.safetensors`` against the digest in ``spec``, if there is one.
+def verify(located: LocatedModel, *, onnx_file: str | None = None) -> LocatedModel:
+    """``located`` with its digest and its revision, as far as the catalog knows them.
 
-    Apart from `locate` so that a caller can do it (0.1 s for 90 MB) beside loading the model.
-    Raises ModelUnavailable naming both digests.
+    Reads all of ``model.safetensors`` (0.1 s for 90 MB), unless ``onnx_file`` replaces it.
+    Raises ModelUnavailable, naming both digests, if it is not the file that the catalog names.
     """
+    spec = located.spec
+    if spec.sha256 is not None and onnx_file is None:
+        # A package is located only if its digest is right.
+        if located.origin != "package":
+            _check_digest(located, spec.sha256)
+        return replace(located, sha256=spec.sha256, revision=spec.revision)
+    if spec.repo and spec.revision and located.revision is None:
+        _log.warning(
+            "%s does not say which revision it is, and is taken for %s",
+            *(located.folder, spec.hub_id),
+        )
+    return located
+
+
+def _check_digest(located: LocatedModel, expected: str) -> None:
+    title = located.spec.title
     file = located.folder / "model.safetensors"
-    # A packaged model was taken only because its digest is right.
-    if spec.sha256 is None or located.origin == "package":
-        return
     if not file.is_file():
         raise ModelUnavailable(
-            f"{located.folder} has no model.safetensors, which {spec.title} should have with the "
-            f"sha256 {spec.sha256}; to fix it, delete it and get the model again"
+            f"{located.folder} has no model.safetensors, which {title} should have with the "
+            f"sha256 {expected}; to fix it, delete it and get the model again"
         )
     try:
         found = sha256_of(file)
     except OSError as error:
         raise ModelUnavailable(f"{file} can't be read ({error.strerror})") from None
-    if found != spec.sha256:
+    if found != expected:
         wrong = located.folder if located.origin == "models-dir" else located.folder.parent.parent
         raise ModelUnavailable(
-            f"{file} is not the file that {spec.title} should have: its sha256 is {found} and "
-            f"should be {spec.sha256}; to fix it, delete {wrong} and get the model again"
+            f"{file} is not the file that {title} should have: its sha256 is {found} and should "
+            f"be {expected}; to fix it, delete {wrong} and get the model again"
         )
-
-
-def sha256_of(path: Path) -> str:
-    """The file's sha256 in hex; raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_true(variable: str) -> bool:
@@ -145,17 +152,12 @@ def _usual_fix(spec: ModelSpec) -> str:
     return fix + ", or give a model's folder as --model"
 
 
-def _names(folder: Path) -> set[str]:
-    # is_file() follows links: one whose blob is gone is no file.
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-
-
 def _in_models_dir(spec: ModelSpec, models_dir: Path | None) -> LocatedModel | str | None:
     if models_dir is None:
         return None
     folder = models_dir / spec.name
     if is_model_folder(folder):
-        return LocatedModel(folder, "models-dir")
+        return LocatedModel(spec, folder, "models-dir")
     return f"{folder} {'holds no config.json' if is_folder(folder) else 'does not exist'}"
 
 
@@ -182,16 +184,16 @@ def _in_cache(spec: ModelSpec, onnx_file: str | None) -> LocatedModel | str:
         return f"it is not in the hub cache {cache}"
     if lacking := _snapshot_lacks(snapshot, onnx_file):
         return f"the copy in the hub cache {snapshot} is incomplete, without {lacking}"
-    return LocatedModel(snapshot, "cache", commit)
+    return LocatedModel(spec, snapshot, "cache", commit)
 
 
 def _snapshot_lacks(snapshot: Path, onnx_file: str | None) -> str | None:
-    """What a cached snapshot lacks, judged more strictly than a folder someone made on purpose.
+    """The first file that a cached snapshot lacks; stricter than for a folder of the user.
 
     Other tools fetch a part of a repository: a model cached by transformers is without
     modules.json and the pooling's config, and would run, but give other vectors.
     """
-    names = _names(snapshot)
+    names = names_in(snapshot)
     if lacking := lacks(names, onnx_file):
         return lacking
     storage, commit = snapshot.parent.parent, snapshot.name
@@ -212,7 +214,7 @@ def _in_package(spec: ModelSpec, onnx_file: str | None) -> LocatedModel | str | 
     if found is None or not found.submodule_search_locations:
         return f"the Python package {module} is not installed"
     folder = Path(found.submodule_search_locations[0]) / inner
-    if lacking := lacks(_names(folder), onnx_file):
+    if lacking := lacks(names_in(folder), onnx_file):
         return f"the Python package {module} has no {lacking}"
     digest = sha256_of(folder / "model.safetensors")
     if digest != spec.sha256:
@@ -223,5 +225,4 @@ def _in_package(spec: ModelSpec, onnx_file: str | None) -> LocatedModel | str | 
             spec.sha256,
         )
         return f"the Python package {module} holds another model (sha256 {digest})"
-    # The weights are that revision's, byte for byte.
-    return LocatedModel(folder, "package", spec.revision)
+    return LocatedModel(spec, folder, "package", spec.revision)

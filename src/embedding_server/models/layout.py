@@ -10,7 +10,7 @@ from typing import Any
 
 from embedding_server.backends.base import Module, Pipeline
 from embedding_server.errors import ModelNotSupported
-from embedding_server.models.json_files import read_json, read_object
+from embedding_server.models.files import read_json, read_object
 
 __all__ = ["Layout", "read_layout"]
 
@@ -62,8 +62,8 @@ class Layout:
     default_prompt: str | None
 
 
-def read_layout(folder: Path, *, own_tokenizer: bool = False) -> Layout:
-    """Read ``folder``; with ``own_tokenizer`` its backend brings the tokenizer along.
+def read_layout(folder: Path) -> Layout:
+    """Read ``folder``.
 
     Raises ModelNotSupported, naming file and key, for what no backend can do exactly.
     """
@@ -76,11 +76,6 @@ def read_layout(folder: Path, *, own_tokenizer: bool = False) -> Layout:
         )
     static = first.kind == "StaticEmbedding"
     home = first.folder
-    if not own_tokenizer and not (home / "tokenizer.json").is_file():
-        raise ModelNotSupported(
-            f"{home} has no tokenizer.json. Save it with a fast tokenizer: "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
-        )
     _check_weights(home)
     config = {} if static else read_object(home / "config.json")
     # sentence-transformers looks for its own settings only where there is a modules.json.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A model's folder to what computes it: picks the backend and refuses what can't be exact."""
+"""Located folder -> loaded model: chooses the backend, and refuses what none computes exactly."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -22,12 +23,11 @@ from embedding_server.engine.info import ModelInfo
 from embedding_server.engine.tokenizer import Tokenizer, is_panic
 from embedding_server.errors import ConfigurationError, ModelNotSupported
 from embedding_server.models.catalog import CATALOG, CatalogModel
+from embedding_server.models.files import sha256_of
 from embedding_server.models.fingerprint import fingerprint
-from embedding_server.models.hub import LocatedModel, sha256_of
-from embedding_server.models.json_files import read_text
+from embedding_server.models.hub import LocatedModel
 from embedding_server.models.layout import Layout, read_layout
 from embedding_server.models.reference import REFERENCE_FILE, ReferenceVectors
-from embedding_server.models.spec import ModelSpec
 from embedding_server.models.tokenizers import load_static_tokenizer, load_tokenizer
 
 __all__ = ["NO_LIMITS", "LoadOptions", "LoadedModel", "load_model"]
@@ -35,12 +35,12 @@ __all__ = ["NO_LIMITS", "LoadOptions", "LoadedModel", "load_model"]
 logger = logging.getLogger(__name__)
 
 NO_LIMITS = Limits(max_concurrent_requests=2**31, max_queued_tokens=2**63, max_request_tokens=2**63)
-"""For one caller, who can wait."""
+"""For a single caller, whose requests may wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How models are run; the same for all of a process."""
+    """How the models of a process are loaded and run."""
 
     backend: str
     threads: int
@@ -48,14 +48,14 @@ class LoadOptions:
     onnx_file: str | None = None
     max_batch_tokens: int | None = None
     matryoshka: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Matryoshka sizes by the model's served name, over those of the catalog."""
+    """Sizes by the model's served name; they replace those of the catalog."""
     inference_timeout: float | None = None
-    """Seconds after which a batch hangs; None: never."""
+    """Seconds after which a batch counts as hung; None: never."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model that computes, and what its vectors are held against before it is served."""
+    """A model that computes, and the reference vectors to check before it is served."""
 
     info: ModelInfo
     located: LocatedModel
@@ -64,78 +64,102 @@ class LoadedModel:
     references: Sequence[ReferenceVectors]
 
 
-def load_model(spec: ModelSpec, located: LocatedModel, options: LoadOptions) -> LoadedModel:
-    """The model in the folder that was located for ``spec``, after `hub.verify`.
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """The backend that was chosen for a model, and what was loaded for it."""
 
-    Raises ModelNotSupported, saying what in the folder is to blame, if no backend that was
-    asked for computes the model exactly.
+    name: str
+    reason: str
+    layout: Layout
+    backend: Backend
+    tokenizer: Tokenizer
+
+
+def load_model(located: LocatedModel, options: LoadOptions) -> LoadedModel:
+    """Load the model in a folder that `hub.verify` has accepted.
+
+    Raises ModelNotSupported, naming the file and what is wrong with it, if no backend that
+    ``options`` allow computes the model exactly.
     """
-    name, why, layout, backend, tokenizer = _load(located.folder, options)
-    row = _catalog_row(spec, located)
-    files = _weights_files(layout.pipeline, name, options)
-    digests = _digests(files, spec, located)
-    digest = digests[0] if len(files) == 1 or name == "onnx-file" else None
+    spec = located.spec
+    chosen = _choose(located.folder, options)
+    layout, backend, max_tokens = chosen.layout, chosen.backend, chosen.tokenizer.max_tokens
+    row = _catalog_row(located)
+    files = _weights_files(layout.pipeline, chosen.name, options)
+    digests = _digests(files, located)
+    digest = digests[0] if len(files) == 1 or chosen.name == "onnx-file" else None
     prompts = _prompts(layout, row)
     layer_norm = row is not None and row.layer_norm
     info = ModelInfo(
         name=spec.served_name,
         architecture=str(layout.pipeline.config.get("model_type", layout.pipeline.body)),
         dims=backend.dims,
-        max_tokens=tokenizer.max_tokens,
+        max_tokens=max_tokens,
         pooling=_pooling(layout.pipeline),
         dimensions=_dimensions(spec.served_name, backend.dims, options, row),
         prompts=prompts,
         default_prompt=layout.default_prompt,
         layer_norm=layer_norm,
-        backend=name,
-        backend_reason=why,
+        backend=chosen.name,
+        backend_reason=chosen.reason,
         revision=located.revision,
         sha256=digest,
         fingerprint=fingerprint(
-            layout,
-            weights=digests,
-            max_tokens=tokenizer.max_tokens,
-            prompts=prompts,
-            layer_norm=layer_norm,
+            layout, weights=digests, max_tokens=max_tokens, prompts=prompts, layer_norm=layer_norm
         ),
         created=int(files[0].stat().st_mtime),
         owned_by=spec.repo.partition("/")[0] if spec.repo else "local",
     )
-    return LoadedModel(info, located, tokenizer, backend, _references(located, row, digest))
+    references = _references(located, row, digest)
+    return LoadedModel(info, located, chosen.tokenizer, backend, references)
 
 
-def _load(folder: Path, options: LoadOptions) -> tuple[str, str, Layout, Backend, Tokenizer]:
-    """The first backend that takes the model: its name, why it was taken, and what it needs."""
-    refusals: dict[str, list[str]] = {}
+def _choose(folder: Path, options: LoadOptions) -> _Choice:
+    """Load the model in ``folder`` with the first backend that computes it."""
+    with _damage_refused(folder):
+        layout = read_layout(folder)
     backend_options = BackendOptions(threads=options.threads, onnx_file=options.onnx_file)
-    for name, why in _candidates(folder, options):
+    refusals: dict[str, list[str]] = {}
+    for name, reason in _candidates(layout.pipeline, options):
         try:
-            layout = read_layout(folder, own_tokenizer=name == "torch")
-            backend = load_backend(name, layout.pipeline, backend_options)
-            tokenizer = _load_tokenizer(layout, backend, any_family=name == "onnx-file")
+            with _damage_refused(folder):
+                if name != "torch":
+                    _check_tokenizer_file(layout.pipeline.transformer)
+                backend = load_backend(name, layout.pipeline, backend_options)
+                tokenizer = _load_tokenizer(layout, backend, any_family=name == "onnx-file")
         except ModelNotSupported as refusal:
             refusals.setdefault(str(refusal), []).append(name)
             continue
-        except BaseException as error:  # files that lie in a way that nobody foresaw
-            if not isinstance(error, Exception) and not is_panic(error):
-                raise
-            logger.debug("%s can't be loaded on %s", folder, name, exc_info=True)
-            what = " ".join(f"{type(error).__name__}: {error}".split())
-            refusals.setdefault(f"{folder} can't be loaded: {what}", []).append(name)
-            continue
         if refusals:
-            why = "; ".join([why, *_told(refusals)])
-            logger.info("%s runs on %s: %s", folder, name, why)
-        return name, why, layout, backend, tokenizer
-    raise ModelNotSupported("; ".join(refusals if len(refusals) == 1 else _told(refusals)))
+            reason = "; ".join([reason, *_format_refusals(refusals)])
+            logger.info("%s runs on %s: %s", folder, name, reason)
+        return _Choice(name, reason, layout, backend, tokenizer)
+    raise ModelNotSupported(
+        "; ".join(refusals if len(refusals) == 1 else _format_refusals(refusals))
+    )
 
 
-def _told(refusals: Mapping[str, Sequence[str]]) -> list[str]:
+@contextmanager
+def _damage_refused(folder: Path) -> Iterator[None]:
+    """Raise ModelNotSupported for any other error, for damaged files can lead to all of them."""
+    try:
+        yield
+    except ModelNotSupported:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        logger.debug("%s can't be loaded", folder, exc_info=True)
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelNotSupported(f"{folder} can't be loaded: {what}") from error
+
+
+def _format_refusals(refusals: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"{', '.join(names)}: {reason}" for reason, names in refusals.items()]
 
 
-def _candidates(folder: Path, options: LoadOptions) -> Iterator[tuple[str, str]]:
-    """Backends in the order to try, each with the reason for its place."""
+def _candidates(pipeline: Pipeline, options: LoadOptions) -> Iterator[tuple[str, str]]:
+    """The backends in the order to try them, each with the reason for its place."""
     if options.onnx_file is not None:
         yield "onnx-file", "--onnx-file asks for it"
         return
@@ -145,19 +169,14 @@ def _candidates(folder: Path, options: LoadOptions) -> Iterator[tuple[str, str]]
     torch_too = options.backend == "auto" and _torch_installed()
     if torch_too and _gpu_usable():
         yield "torch", "a GPU is there"
-    if _is_static(folder):
+    if pipeline.body == "StaticEmbedding":
         yield "static", "its vectors need no graph"
     else:
         yield "onnx", "its graph is built here"
-        if any(folder.glob("**/model.onnx")):
+        if any(pipeline.folder.glob("**/model.onnx")):
             yield "onnx-file", "it brings its own graph"
     if torch_too:
         yield "torch", "nothing lighter computes it"
-
-
-def _is_static(folder: Path) -> bool:
-    modules = folder / "modules.json"
-    return modules.is_file() and ".StaticEmbedding" in read_text(modules)
 
 
 def _torch_installed() -> bool:
@@ -166,7 +185,7 @@ def _torch_installed() -> bool:
 
 
 def _gpu_usable() -> bool:
-    """Whether torch has a GPU; it is asked, for seconds, only where there is likely one."""
+    """Whether torch finds a GPU; importing torch takes seconds, so first look for a driver."""
     if sys.platform == "darwin":
         return os.uname().machine == "arm64"
     if not (Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia/version").exists()):
@@ -174,6 +193,14 @@ def _gpu_usable() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _check_tokenizer_file(transformer: Path) -> None:
+    if not (transformer / "tokenizer.json").is_file():
+        raise ModelNotSupported(
+            f"{transformer} has no tokenizer.json. Save it with a fast tokenizer: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        )
 
 
 def _load_tokenizer(layout: Layout, backend: Backend, *, any_family: bool) -> Tokenizer:
@@ -201,7 +228,7 @@ def _load_tokenizer(layout: Layout, backend: Backend, *, any_family: bool) -> To
 
 
 def _weights_files(pipeline: Pipeline, backend: str, options: LoadOptions) -> list[Path]:
-    """The files that hold the first module's weights, in the order in which they are read."""
+    """The files of the first module's weights, in the order in which they are read."""
     if backend == "onnx-file":
         from embedding_server.backends.onnx import onnx_model_file
 
@@ -214,17 +241,16 @@ def _weights_files(pipeline: Pipeline, backend: str, options: LoadOptions) -> li
 
 
 def _external_data(graph: Path) -> list[Path]:
-    """The files beside ``graph`` that it names: those in which it keeps tensors."""
+    """The files beside ``graph`` that ``graph`` names, which hold its tensors."""
     with graph.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
         names = (path.relative_to(graph.parent).as_posix() for path in graph.parent.rglob("*"))
         named = [n for n in names if not n.endswith(".onnx") and content.find(n.encode()) >= 0]
     return [graph.parent / name for name in sorted(named) if (graph.parent / name).is_file()]
 
 
-def _digests(files: Sequence[Path], spec: ModelSpec, located: LocatedModel) -> list[str]:
-    """The sha256 of each file; `hub.verify` has held the one in ``spec`` against its file."""
-    if spec.sha256 and files == [located.folder / "model.safetensors"]:
-        return [spec.sha256]
+def _digests(files: Sequence[Path], located: LocatedModel) -> list[str]:
+    if located.sha256 and files == [located.folder / "model.safetensors"]:
+        return [located.sha256]
     with ThreadPoolExecutor() as pool:
         return list(pool.map(sha256_of, files))
 
@@ -232,16 +258,17 @@ def _digests(files: Sequence[Path], spec: ModelSpec, located: LocatedModel) -> l
 def _references(
     located: LocatedModel, row: CatalogModel | None, digest: str | None
 ) -> list[ReferenceVectors]:
-    """Those of the folder, and the catalog's if the weights are those of its row."""
+    """The folder's reference vectors, and the catalog's if its row has the same weights."""
     paths = [located.folder / REFERENCE_FILE]
     if row is not None and row.reference_vectors and digest == row.sha256:
         paths.append(row.reference_vectors)
     return [ReferenceVectors.read(path) for path in paths if path.exists()]
 
 
-def _catalog_row(spec: ModelSpec, located: LocatedModel) -> CatalogModel | None:
-    if spec.repo is not None:
-        return next((row for row in CATALOG.values() if row.repo == spec.repo), None)
+def _catalog_row(located: LocatedModel) -> CatalogModel | None:
+    repo = located.spec.repo
+    if repo is not None:
+        return next((row for row in CATALOG.values() if row.repo == repo), None)
     row = CATALOG.get(located.folder.name)
     if row is not None:
         logger.info("%s is taken for the catalog's %s, by its name", located.folder, row.name)
@@ -256,7 +283,7 @@ def _pooling(pipeline: Pipeline) -> str:
 
 
 def _prompts(layout: Layout, row: CatalogModel | None) -> Mapping[str, str]:
-    """The folder's prompts over the catalog's; sentence-transformers saves empty ones for none."""
+    """The folder's prompts over the catalog's; an empty one in the folder replaces nothing."""
     if row is None or not row.prompts:
         return layout.prompts
     return {**row.prompts, **{name: text for name, text in layout.prompts.items() if text}}

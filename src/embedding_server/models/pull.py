@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Saves a model as a folder of its own, for a machine without network."""
+"""Saves a model as a folder, for a machine without network."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from embedding_server.errors import ModelUnavailable
+from embedding_server.models.files import names_in
 from embedding_server.models.hub import LocatedModel, locate, verify
 from embedding_server.models.reference import REFERENCE_FILE
 from embedding_server.models.spec import ModelSpec
@@ -28,15 +29,15 @@ def pull(
     token: str | None = None,
     onnx_file: str | None = None,
 ) -> Path:
-    """Save the model as ``destination/<name>``, all at once, and return that folder.
+    """Save the model as ``destination/<name>`` in one rename, and return that folder.
 
-    The same files already there are left alone; others are never overwritten.
-    Raises ModelUnavailable, also where the destination can't be written.
+    A folder with the same files is left as it is; other files are never overwritten.
+    Raises ModelUnavailable, also if the destination can't be written.
     """
     located = locate(spec, models_dir=models_dir, token=token, onnx_file=onnx_file)
-    verify(located, spec)
+    verify(located, onnx_file=onnx_file)
     target = destination / spec.name
-    # Beside the target, so that the rename stays on one file system.
+    # On the same file system as the target, so that it can be renamed.
     part = destination / f".{spec.name}.{os.getpid()}.part"
     try:
         files = _files_to_copy(located)
@@ -63,7 +64,7 @@ def pull(
 
 
 def _files_to_copy(located: LocatedModel) -> dict[str, Path]:
-    """Relative name -> file; links out of a folder that a user made are refused."""
+    """Relative name -> file; in a folder of the user, links that leave it are refused."""
     root = located.folder
     files = {}
     for path in sorted(root.rglob("*")):
@@ -82,8 +83,7 @@ def _files_to_copy(located: LocatedModel) -> dict[str, Path]:
 
 
 def _same_files(files: Mapping[str, Path], folder: Path) -> bool:
-    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    # The last may have been added by `models verify --write`.
-    return there in (set(files), {*files, REFERENCE_FILE}) and all(
+    # The reference file may have been added by `models verify --write`.
+    return names_in(folder) in (set(files), {*files, REFERENCE_FILE}) and all(
         filecmp.cmp(source, folder / name, shallow=False) for name, source in files.items()
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The models that are served: loaded, looked up by name, closed."""
+"""The models that are served: loads, finds by name and closes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -54,84 +53,70 @@ class Registry:
         self._loaded = False
         self._threads_loading = 0
         self._cores = Cores(options.threads, timeout=options.inference_timeout)
-        # Of their own, so that a very long text keeps no answer from being written.
+        # Not the event loop's threads, which a very long text would keep from writing answers.
         self._tokenizing = ThreadPoolExecutor(options.threads, thread_name_prefix="tokenize")
 
     async def load(self) -> None:
         """Find, load, check and start every model.
 
-        Raises ModelError if a model that was asked for by name can't be had or run, or if no
+        Raises ModelError if a model that the user named is not available or can't run, or if no
         model is left; a default model that can't be served is one warning.
         """
         for spec in self._specs:
-            started = time.perf_counter()
             try:
-                model = await _in_own_thread(partial(self._load_one, spec))
-                checked = await self._self_check(model)
+                await self._load(spec)
             except ModelError as error:
                 if spec.requested:
                     raise
                 logger.warning("%s is not served. %s", spec.served_name, error)
-                continue
             except Exception:
                 if spec.requested:
                     raise
                 logger.exception("%s is not served", spec.served_name)
-                continue
-            self._serve(spec, model)
-            logger.info(
-                "%s is ready: %s, %d dimensions, %d tokens, from %s (%s) in %.2f s; %s",
-                *(model.info.name, model.info.backend, model.info.dims, model.info.max_tokens),
-                *(model.located.folder, model.located.origin),
-                *(time.perf_counter() - started, checked),
-            )
         if not self._engines:
             raise ModelUnavailable("No model can be served; the warnings above say why.")
         self._loaded = True
 
-    def _add_names(self, spec: ModelSpec, engine: Engine) -> None:
-        """Let every name of ``spec`` find its ``engine``, but for those that another model has."""
-        others = [other for other in self._specs if other is not spec]
-        names = [spec.served_name, *spec.hub_ids(engine.info.revision)]
-        if spec.repo and all(spec.repo != other.repo for other in others):  # else which of both?
-            names.append(spec.repo)
-        if spec.repo and all(spec.name != other.name for other in others):
-            names.append(spec.name)
-        served = {other.served_name for other in others}
-        for name in names:
-            if name not in served:
-                self._by_name.setdefault(name, engine)
+    async def _load(self, spec: ModelSpec) -> None:
+        started = time.perf_counter()
+        model = await _in_daemon_thread(partial(self._find_and_load, spec))
+        checked = await self._self_check(model)
+        info, located = model.info, model.located
+        engine = self._engine(model, self._options.limits, self._telemetry.for_model(info.name))
+        engine.start()
+        self._engines[info.name] = engine
+        self._folders[info.name] = located.folder
+        for name in self._names(spec, info.revision):
+            self._by_name.setdefault(name, engine)
+        self._telemetry.model_loaded(
+            info.name,
+            backend=info.backend,
+            revision=info.revision,
+            dims=info.dims,
+            max_tokens=info.max_tokens,
+        )
+        logger.info(
+            "%s is ready: %s, %d dimensions, %d tokens, from %s (%s) in %.2f s; %s",
+            *(info.name, info.backend, info.dims, info.max_tokens),
+            *(located.folder, located.origin, time.perf_counter() - started, checked),
+        )
 
-    def _load_one(self, spec: ModelSpec) -> LoadedModel:
+    def _find_and_load(self, spec: ModelSpec) -> LoadedModel:
         self._threads_loading += 1
+        onnx_file = self._options.onnx_file
         try:
-            return self._load_now(spec)
+            located = locate(
+                spec, models_dir=self._models_dir, token=self._hf_token, onnx_file=onnx_file
+            )
+            return load_model(verify(located, onnx_file=onnx_file), self._options)
         finally:
             self._threads_loading -= 1
 
-    def _load_now(self, spec: ModelSpec) -> LoadedModel:
-        located = locate(
-            spec,
-            models_dir=self._models_dir,
-            token=self._hf_token,
-            onnx_file=self._options.onnx_file,
-        )
-        if self._options.onnx_file is None:  # the digest is of the file that it replaces
-            verify(located, spec)
-            if spec.sha256 is not None:  # byte for byte
-                located = replace(located, revision=spec.revision)
-        if spec.repo and spec.revision and located.revision is None:
-            logger.warning(
-                "%s does not say which revision it is, and is taken for %s",
-                *(located.folder, spec.hub_id),
-            )
-        return load_model(spec, located, self._options)
-
     async def _self_check(self, model: LoadedModel) -> str:
-        """Hold the model against its reference vectors; what the log says of it.
+        """Compare the model with its reference vectors; returns the result for the log.
 
-        On an engine that no request reaches, so that no limit refuses them and no metric counts
-        them. Raises ModelNotSupported if they differ.
+        Its own engine has no limit that could refuse the texts and no metric that counts them.
+        Raises ModelNotSupported if the vectors differ.
         """
         if not model.references:
             return "no self-check, as it has no reference vectors"
@@ -147,49 +132,45 @@ class Registry:
             f"{largest:.0e})"
         )
 
-    def _serve(self, spec: ModelSpec, model: LoadedModel) -> None:
-        info = model.info
-        engine = self._engine(model, self._options.limits, self._telemetry.for_model(info.name))
-        engine.start()
-        self._engines[info.name] = engine
-        self._add_names(spec, engine)
-        self._folders[info.name] = model.located.folder
-        self._telemetry.model_loaded(
-            info.name,
-            backend=info.backend,
-            revision=info.revision,
-            dims=info.dims,
-            max_tokens=info.max_tokens,
-        )
-
     def _engine(self, model: LoadedModel, limits: Limits, metrics: ModelMetrics) -> Engine:
+        backend = model.backend
+        scheduler = Scheduler(
+            max_batch_tokens=self._options.max_batch_tokens or backend.default_batch_tokens,
+            padded=backend.padded,
+        )
         return Engine(
             model.info,
             model.tokenizer,
-            model.backend,
-            scheduler=Scheduler(
-                max_batch_tokens=(
-                    self._options.max_batch_tokens or model.backend.default_batch_tokens
-                ),
-                padded=model.backend.padded,
-            ),
+            backend,
+            scheduler=scheduler,
             limits=limits,
             cores=self._cores,
             tokenizing=self._tokenizing,
             metrics=metrics,
         )
 
+    def _names(self, spec: ModelSpec, commit: str | None) -> list[str]:
+        """The names that find the model of ``spec``: none that could mean another model."""
+        others = [other for other in self._specs if other is not spec]
+        names = [spec.served_name, *spec.hub_ids(commit)]
+        if spec.repo and all(spec.repo != other.repo for other in others):
+            names.append(spec.repo)
+        if spec.repo and all(spec.name != other.name for other in others):
+            names.append(spec.name)
+        served = {other.served_name for other in others}
+        return [name for name in names if name not in served]
+
     async def close(self) -> None:
-        """Stop every engine; what still waits fails with NotReady."""
+        """Stop every engine; requests that still wait fail with NotReady."""
         await asyncio.gather(*(engine.close() for engine in self._engines.values()))
-        # Wait for what is under way. Not in a thread: at the interpreter's end, when a forgotten
-        # Embedder is closed, no thread can be had.
+        # Not in a thread: when the interpreter ends, and with it an Embedder that was not closed,
+        # no thread can be started.
         self._cores.close()
-        self._tokenizing.shutdown()  # what comes of it finds its engine closed
+        self._tokenizing.shutdown()
 
     @property
     def loading(self) -> bool:
-        """Whether a thread is loading a model, be it for nobody any more."""
+        """Whether a thread is loading a model, even if ``load`` was cancelled."""
         return self._threads_loading > 0
 
     @property
@@ -199,7 +180,7 @@ class Registry:
 
     @property
     def hung(self) -> Sequence[str]:
-        """The models of which a batch is over its time, now."""
+        """The models that have a batch over its time limit."""
         return self._cores.overdue
 
     @property
@@ -208,35 +189,33 @@ class Registry:
         return [name for name, engine in self._engines.items() if not engine.ready]
 
     async def until_broken(self) -> None:
-        """Wait for a batch to be over its time or an engine to die."""
+        """Wait until a batch is over its time limit or an engine dies."""
         await self._cores.broken.wait()
 
     @property
     def ready(self) -> bool:
-        """Whether all models are loaded, every engine runs, and nothing hangs."""
-        running = all(engine.ready for engine in self._engines.values())
-        return self._loaded and running and not self.hung
+        """Whether all models are loaded, every engine runs, and no batch hangs."""
+        return self._loaded and not self.dead and not self.hung
 
     def status(self) -> dict[str, str]:
         """``loading``, ``ready``, ``hung`` or ``failed`` for each model."""
-        states = {
-            name: "ready" if engine.ready else "failed" for name, engine in self._engines.items()
-        }
+        states = dict.fromkeys(self._engines, "ready")
+        states |= dict.fromkeys(self.dead, "failed")
         states |= dict.fromkeys(self.hung, "hung")
         if not self._loaded:
-            names = [spec.served_name for spec in self._specs]
-            states |= {name: "loading" for name in names if name not in states}
+            for spec in self._specs:
+                states.setdefault(spec.served_name, "loading")
         return states
 
     def folder(self, name: str) -> Path:
-        """Where the files of the served model ``name`` lie."""
+        """The folder with the files of the served model ``name``."""
         return self._folders[name]
 
     def __getitem__(self, name: str) -> Engine:
-        """The engine of the served model ``name``, as soon as it is loaded.
+        """The engine of the model ``name``, as soon as it is loaded.
 
-        ``name`` is what it is served as, its catalog name, its hub id, or that with a revision.
-        Raises NotReady while it may still come, ModelNotFound for any other name.
+        ``name`` is the name it is served under, its catalog name, or its hub id with or without
+        the revision. Raises NotReady while it may still be loaded, else ModelNotFound.
         """
         engine = self._by_name.get(name)
         if engine is not None:
@@ -259,8 +238,8 @@ class Registry:
             raise NotReady("The server is starting: its models are being loaded.")
 
 
-async def _in_own_thread(work: Callable[[], Result]) -> Result:
-    """``work()`` in a thread that nothing waits for: Ctrl-C must not take as long as a download."""
+async def _in_daemon_thread(work: Callable[[], Result]) -> Result:
+    """``work()`` in a thread that the process's end doesn't wait for, for a download takes long."""
     future: Future[Result] = Future()
     future.set_running_or_notify_cancel()
 
@@ -269,7 +248,7 @@ async def _in_own_thread(work: Callable[[], Result]) -> Result:
             future.set_result(work())
         except Exception as error:
             future.set_exception(error)
-        except BaseException as error:  # a panic, perhaps; who waits for it expects an Exception
+        except BaseException as error:  # such as a panic; the caller expects an Exception
             wrapped = RuntimeError(f"{type(error).__name__} while loading a model: {error}")
             wrapped.__cause__ = error
             future.set_exception(wrapped)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Which of a repository's files make up its model, told by their names alone."""
+"""Which of a repository's files make up its model, by their names alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DOCUMENTS = (
     *("*tokenizer.model", "*spiece.model", "*sentencepiece*.model"),
 )
 _ASIDE = re.compile(r"(.*/)?(onnx|openvino|[\w-]*checkpoint[\w-]*)/.*")
-"""The same model in other forms, which may well be as large."""
+"""The same model in other forms, which may be as large."""
 _ESSENTIAL = re.compile(
     r"(\d+_\w+/)?(modules|config|tokenizer|tokenizer_config|sentence_\w+_config"
     r"|config_sentence_transformers)\.json"
@@ -26,7 +26,7 @@ _LATER_MODULE = re.compile(r"[1-9]\d*_\w+/.*")
 
 
 def documents(names: Iterable[str]) -> list[str]:
-    """All that belongs to the model beside its weights: small files of text, and never code."""
+    """The model's files other than weights: small text files, and never code."""
     return [
         name
         for name in names
@@ -35,9 +35,9 @@ def documents(names: Iterable[str]) -> list[str]:
 
 
 def weights(names: Collection[str], onnx_file: str | None) -> list[str]:
-    """The safetensors; or ``onnx_file`` with its data in the place of the transformer's.
+    """The safetensors; ``onnx_file`` and its data files replace those of the transformer.
 
-    Where the transformer has none, its .onnx file is taken without being asked for.
+    A transformer without safetensors has the first of ONNX_FILES.
     """
     tensors = [n for n in names if n.endswith(".safetensors") and not _ASIDE.fullmatch(n)]
     later = [name for name in tensors if _LATER_MODULE.fullmatch(name)]
@@ -51,12 +51,12 @@ def weights(names: Collection[str], onnx_file: str | None) -> list[str]:
 
 
 def essentials(names: Collection[str], onnx_file: str | None) -> list[str]:
-    """The files without which the model is read wrongly or not at all."""
+    """The files without which the model can't be read, or is read wrongly."""
     return [name for name in names if _ESSENTIAL.fullmatch(name)] + weights(names, onnx_file)
 
 
 def lacks(names: Collection[str], onnx_file: str | None) -> str | None:
-    """The first file that a model of these files would still need, or None."""
+    """The first file that is missing from ``names`` to make up a model; None if it is complete."""
     if not {"config.json", "modules.json"} & set(names):
         return "config.json"
     if onnx_file is not None and onnx_file not in names:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A model as asked for, read from a name: of the catalog, of the hub, or of a folder."""
+"""The model that a user names: by its name in the catalog, by its hub id, or by its folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedding_server.errors import ModelUnavailable
+from embedding_server.errors import ConfigurationError, ModelUnavailable
 from embedding_server.models.catalog import CATALOG, CatalogModel
 
 __all__ = ["ModelSpec", "is_folder", "is_model_folder", "parse_spec"]
@@ -19,22 +19,22 @@ _REVISION = re.compile(r"(?!.*(?:\.\.|//))\w[\w.+/-]*", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A model as asked for: where it may come from, and what it must then be."""
+    """Where a model may come from, which file it must then have, and how it is served."""
 
     name: str
     """Its name in the catalog, on the hub or in the file system."""
     repo: str | None = None
     revision: str | None = None
     folder: Path | None = None
-    """Given by the user: nowhere else is looked."""
+    """The only place that is searched, if the user names it."""
     sha256: str | None = None
-    """Of ``model.safetensors``."""
+    """Digest of ``model.safetensors``, if the catalog has it."""
     package: str | None = None
-    """``package/folder`` of an installed Python package that carries the model."""
+    """``package/folder`` of an installed Python package that contains the model."""
     requested: bool = True
-    """Asked for by name, rather than one of the defaults."""
+    """Whether the user named it; otherwise it is one of the default models."""
     alias: str | None = None
-    """What it is served as, if not by its name."""
+    """The name it is served under, if that is another one."""
 
     @property
     def served_name(self) -> str:
@@ -46,9 +46,9 @@ class ModelSpec:
         return f"{self.repo}@{self.revision}" if self.revision else str(self.repo)
 
     def hub_ids(self, commit: str | None) -> tuple[str, ...]:
-        """``org/name@revision`` with the ``commit`` found, and with the revision asked for.
+        """``org/name@revision`` with the ``commit`` found, and with the revision that was named.
 
-        Empty where it is not known which commit it is.
+        Empty if the commit is not known.
         """
         if self.repo is None or commit is None:
             return ()
@@ -56,18 +56,28 @@ class ModelSpec:
 
     @property
     def title(self) -> str:
-        """The name, and what it stands for."""
+        """The name, followed by the hub id."""
         return f"{self.name} ({self.hub_id})" if self.repo else self.name
 
 
 def parse_spec(text: str, *, revision: str | None = None, requested: bool = True) -> ModelSpec:
     """Read a catalog name, a hub id, either with ``@revision``, or a folder.
 
-    ``revision`` is for names that carry none, and means nothing to a folder.
-    Raises ModelUnavailable for a missing folder and for what is none of these.
+    ``revision`` is the value of --revision. Raises ModelUnavailable for a missing folder and for
+    text of none of these forms, and ConfigurationError where ``revision`` can't apply.
     """
-    text = text.strip()
-    # Path.expanduser raises for a user without a home, as many a container's has none.
+    spec = _parse(text.strip(), revision, requested)
+    if revision and spec.revision != revision:
+        conflict = "is a folder" if spec.folder else f"names the revision {spec.revision} itself"
+        raise ConfigurationError(
+            f"--revision {revision} can't apply to {text}, which {conflict}: leave one of the two "
+            "out (--revision may also come from EMBEDDING_SERVER_REVISION or the TOML file)."
+        )
+    return spec
+
+
+def _parse(text: str, revision: str | None, requested: bool) -> ModelSpec:
+    # Path.expanduser raises for a user without a home, as in many containers.
     path = Path(os.path.expanduser(text))  # noqa: PTH111
     if text.startswith((".", "/", "~")) or path.is_absolute():
         if not is_folder(path):
@@ -80,8 +90,8 @@ def parse_spec(text: str, *, revision: str | None = None, requested: bool = True
             raise ModelUnavailable(
                 f"{revision!r} is no revision: give a branch, tag or commit, as in org/name@main"
             )
-    if (row := CATALOG.get(bare)) is not None:
-        return _catalog_spec(row, revision, requested)
+    if bare in CATALOG:
+        return _catalog_spec(CATALOG[bare], revision, requested)
     if text and is_folder(path) and ("/" not in text or is_model_folder(path)):
         return _folder_spec(path, requested)
     if _REPO.fullmatch(bare):
@@ -97,8 +107,8 @@ def parse_spec(text: str, *, revision: str | None = None, requested: bool = True
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is such a folder; never raises."""
-    # Path.is_dir raises for a name too long and in a folder that we may not look into.
+    """Whether the folder exists; never raises."""
+    # Path.is_dir raises for a name that is too long and below a folder without permission.
     return os.path.isdir(path)  # noqa: PTH112
 
 
@@ -119,7 +129,7 @@ def _catalog_spec(row: CatalogModel, revision: str | None, requested: bool) -> M
         name=row.name,
         repo=row.repo,
         revision=row.revision if pinned else revision,
-        # The digest and the package are of the row's own revision and say nothing of another.
+        # The digest and the package are those of the row's revision only.
         sha256=row.sha256 if pinned else None,
         package=row.package if pinned else None,
         requested=requested,

@@ -20,7 +20,7 @@ from tokenizers import AddedToken
 
 from embedding_server.engine.tokenizer import is_panic
 from embedding_server.errors import ModelNotSupported
-from embedding_server.models.json_files import read_object, read_text
+from embedding_server.models.files import read_object, read_text
 
 __all__ = ["SPECIAL_TOKENS", "Token", "TokenizerFiles", "read_backend", "read_tokenizer_files"]
 

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A model's JSON files, or a refusal that names the file."""
+"""A model's files, read or hashed; what can't be read is refused by its path."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from embedding_server.errors import ModelNotSupported
 
-__all__ = ["read_json", "read_object", "read_text"]
+__all__ = ["names_in", "read_json", "read_object", "read_text", "sha256_of"]
 
-_MOST_BYTES = 512 * 2**20
+_MAX_BYTES = 512 * 2**20
 """The largest tokenizer.json of any known model has 33 MB."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in ``path``; raises ModelNotSupported, also for any other value."""
+    """The JSON object in ``path``; raises ModelNotSupported, also for any other value."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise ModelNotSupported(f"{path} does not hold a JSON object.")
@@ -24,7 +25,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """The value in ``path``; raises ModelNotSupported if there is none."""
+    """The JSON value in ``path``; raises ModelNotSupported if there is none."""
     text = read_text(path)
     try:
         return json.loads(text)
@@ -35,12 +36,23 @@ def read_json(path: Path) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """All of ``path``; raises ModelNotSupported if it is missing, huge or not UTF-8."""
+    """The text in ``path``; raises ModelNotSupported if it is missing, huge or not UTF-8."""
     try:
-        if (size := path.stat().st_size) > _MOST_BYTES:
-            raise ModelNotSupported(f"{path} has {size} bytes, too many for what it should be.")
+        if (size := path.stat().st_size) > _MAX_BYTES:
+            raise ModelNotSupported(f"{path} has {size} bytes, too many for such a file.")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ModelNotSupported(f"{path} is missing.") from None
     except (ValueError, OSError) as error:
         raise ModelNotSupported(f"{path} can't be read: {error}") from None
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256 in hex; raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def names_in(folder: Path) -> set[str]:
+    """The paths of all files below ``folder``, relative to it; broken links don't count."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}

@@ -33,11 +33,13 @@ from in_process import until
 from embedding_server.errors import ConfigurationError, ModelUnavailable
 from embedding_server.models import download, fetch
 from embedding_server.models.catalog import CATALOG
+from embedding_server.models.choice import specs_of
 from embedding_server.models.download import DownloadFailed, DownloadRequest
 from embedding_server.models.files import sha256_of
 from embedding_server.models.hub import LocatedModel, locate, verify
 from embedding_server.models.pull import pull
 from embedding_server.models.spec import ModelSpec, parse_spec
+from embedding_server.settings import Settings
 
 MINILM = CATALOG["all-MiniLM-L6-v2"]
 NOMIC = CATALOG["nomic-embed-text-v1.5"]
@@ -211,7 +213,8 @@ class TestParseSpec:
             sha256=MINILM.sha256,
             package=MINILM.package,
         )
-        assert parse_spec(MINILM.name, requested=False).requested is False
+        assert [spec.requested for spec in specs_of(Settings(model=(MINILM.name,)))] == [True]
+        assert not any(spec.requested for spec in specs_of(Settings()))
 
     @pytest.mark.parametrize(
         "text",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The built-in models: where each comes from, at which revision, and what its authors defined."""
+"""The built-in models: their repositories and revisions, and what their authors document."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ __all__ = ["CATALOG", "DEFAULT_MODELS", "CatalogModel"]
 
 @dataclass(frozen=True, slots=True)
 class CatalogModel:
-    """One row: what can't be read from the model's own files."""
+    """One model, with the facts that its files don't contain."""
 
-    name: str
     repo: str
     revision: str | None = None
-    """The commit that is served; None for the newest, where none was verified."""
+    """The commit to serve; None: the newest one."""
     sha256: str | None = None
-    """Digest of ``model.safetensors`` at ``revision``, where it is known."""
+    """Digest of ``model.safetensors`` at ``revision``, if known."""
     package: str | None = None
-    """A folder inside an installed Python package that carries the model: ``package/folder``."""
+    """``package/folder`` of a Python package that contains the model."""
     prompts: Mapping[str, str] = field(default_factory=dict)
-    """Prompts that the authors document but the repository doesn't carry."""
+    """Prompts that are documented, but are not in the repository."""
     dimensions: tuple[int, ...] | None = None
     """The Matryoshka sizes the model was trained for, ascending."""
     layer_norm: bool = False
     """Layer-normalise the embedding before cutting it."""
     reference_vectors: Path | None = None
-    """What the weights of ``sha256`` give; see ``models.reference``."""
+    """Vectors of the weights with that ``sha256``; see ``models.reference``."""
+
+    @property
+    def name(self) -> str:
+        return self.repo.partition("/")[2]
 
 
 _REFERENCES = Path(__file__).with_name("references")
@@ -45,7 +48,6 @@ _RETRIEVAL_PROMPT = {"query": "Represent this sentence for searching relevant pa
 
 _MODELS = (
     CatalogModel(
-        name="all-MiniLM-L6-v2",
         repo="sentence-transformers/all-MiniLM-L6-v2",
         revision="e4ce9877abf3edfe10b0d82785e83bdcb973e22e",
         sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -53,61 +55,42 @@ _MODELS = (
         reference_vectors=_REFERENCES / "all-MiniLM-L6-v2.npz",
     ),
     CatalogModel(
-        name="nomic-embed-text-v1",
         repo="nomic-ai/nomic-embed-text-v1",
         revision="02d96723811f4bb77a80857da07eda78c1549a4d",
         prompts=_NOMIC_PROMPTS,
     ),
     CatalogModel(
-        name="nomic-embed-text-v1.5",
         repo="nomic-ai/nomic-embed-text-v1.5",
         revision="7a5549b77c439ed64573143699547131d4218046",
         prompts=_NOMIC_PROMPTS,
         dimensions=(64, 128, 256, 512, 768),
         layer_norm=True,
     ),
-    CatalogModel("all-MiniLM-L12-v2", "sentence-transformers/all-MiniLM-L12-v2"),
-    CatalogModel("all-mpnet-base-v2", "sentence-transformers/all-mpnet-base-v2"),
-    CatalogModel("all-distilroberta-v1", "sentence-transformers/all-distilroberta-v1"),
+    CatalogModel("sentence-transformers/all-MiniLM-L12-v2"),
+    CatalogModel("sentence-transformers/all-mpnet-base-v2"),
+    CatalogModel("sentence-transformers/all-distilroberta-v1"),
+    CatalogModel("sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"),
+    CatalogModel("BAAI/bge-small-en-v1.5", prompts=_RETRIEVAL_PROMPT),
+    CatalogModel("BAAI/bge-base-en-v1.5", prompts=_RETRIEVAL_PROMPT),
+    CatalogModel("BAAI/bge-large-en-v1.5", prompts=_RETRIEVAL_PROMPT),
+    CatalogModel("BAAI/bge-m3"),
+    CatalogModel("intfloat/e5-base-v2", prompts=_E5_PROMPTS),
+    CatalogModel("intfloat/multilingual-e5-small", prompts=_E5_PROMPTS),
+    CatalogModel("intfloat/multilingual-e5-base", prompts=_E5_PROMPTS),
+    CatalogModel("intfloat/multilingual-e5-large", prompts=_E5_PROMPTS),
+    CatalogModel("thenlper/gte-base"),
+    CatalogModel("Alibaba-NLP/gte-modernbert-base"),
+    CatalogModel("nomic-ai/modernbert-embed-base", prompts=_NOMIC_PROMPTS, dimensions=(256, 768)),
     CatalogModel(
-        "paraphrase-multilingual-MiniLM-L12-v2",
-        "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",
-    ),
-    CatalogModel("bge-small-en-v1.5", "BAAI/bge-small-en-v1.5", prompts=_RETRIEVAL_PROMPT),
-    CatalogModel("bge-base-en-v1.5", "BAAI/bge-base-en-v1.5", prompts=_RETRIEVAL_PROMPT),
-    CatalogModel("bge-large-en-v1.5", "BAAI/bge-large-en-v1.5", prompts=_RETRIEVAL_PROMPT),
-    CatalogModel("bge-m3", "BAAI/bge-m3"),
-    CatalogModel("e5-base-v2", "intfloat/e5-base-v2", prompts=_E5_PROMPTS),
-    CatalogModel("multilingual-e5-small", "intfloat/multilingual-e5-small", prompts=_E5_PROMPTS),
-    CatalogModel("multilingual-e5-base", "intfloat/multilingual-e5-base", prompts=_E5_PROMPTS),
-    CatalogModel("multilingual-e5-large", "intfloat/multilingual-e5-large", prompts=_E5_PROMPTS),
-    CatalogModel("gte-base", "thenlper/gte-base"),
-    CatalogModel("gte-modernbert-base", "Alibaba-NLP/gte-modernbert-base"),
-    CatalogModel(
-        "modernbert-embed-base",
-        "nomic-ai/modernbert-embed-base",
-        prompts=_NOMIC_PROMPTS,
-        dimensions=(256, 768),
-    ),
-    CatalogModel(
-        "mxbai-embed-large-v1",
         "mixedbread-ai/mxbai-embed-large-v1",
         prompts=_RETRIEVAL_PROMPT,
         dimensions=(128, 256, 512, 1024),
     ),
+    CatalogModel("Snowflake/snowflake-arctic-embed-m", prompts=_RETRIEVAL_PROMPT),
+    CatalogModel("Qwen/Qwen3-Embedding-0.6B", dimensions=(32, 64, 128, 256, 512, 768, 1024)),
+    CatalogModel("minishlab/potion-base-8M"),
     CatalogModel(
-        "snowflake-arctic-embed-m", "Snowflake/snowflake-arctic-embed-m", prompts=_RETRIEVAL_PROMPT
-    ),
-    CatalogModel(
-        "Qwen3-Embedding-0.6B",
-        "Qwen/Qwen3-Embedding-0.6B",
-        dimensions=(32, 64, 128, 256, 512, 768, 1024),
-    ),
-    CatalogModel("potion-base-8M", "minishlab/potion-base-8M"),
-    CatalogModel(
-        "static-retrieval-mrl-en-v1",
-        "sentence-transformers/static-retrieval-mrl-en-v1",
-        dimensions=(32, 64, 128, 256, 512, 1024),
+        "sentence-transformers/static-retrieval-mrl-en-v1", dimensions=(32, 64, 128, 256, 512, 1024)
     ),
 )
 
@@ -119,4 +102,4 @@ DEFAULT_MODELS: tuple[str, ...] = (
     "nomic-embed-text-v1",
     "nomic-embed-text-v1.5",
 )
-"""What is served when no model is asked for, in the order of ``/v1/models``."""
+"""The models to serve if the user names none, in the order of ``/v1/models``."""

@@ -18,16 +18,14 @@ from embedding_server.settings import Settings
 __all__ = ["load_options_of", "specs_named", "specs_of"]
 
 
-def specs_named(
-    names: Sequence[str], revision: str | None, *, requested: bool = True
-) -> list[ModelSpec]:
+def specs_named(names: Sequence[str], revision: str | None) -> list[ModelSpec]:
     """`parse_spec` of each of ``names``; with ``revision`` there must be exactly one."""
     if revision and len(names) != 1:
         raise ConfigurationError(
             "--revision (or EMBEDDING_SERVER_REVISION) needs exactly one --model, or one NAME; "
             "else write ID@REVISION for each."
         )
-    return [parse_spec(name, revision=revision, requested=requested) for name in names]
+    return [parse_spec(name, revision=revision) for name in names]
 
 
 def specs_of(settings: Settings) -> list[ModelSpec]:
@@ -42,9 +40,9 @@ def specs_of(settings: Settings) -> list[ModelSpec]:
             f"--served-model-name is given {len(names)} times for {len(settings.model)} --model; "
             "give one name for each model, in the same order."
         )
-    specs = specs_named(
-        settings.model or DEFAULT_MODELS, settings.revision, requested=bool(settings.model)
-    )
+    specs = specs_named(settings.model or DEFAULT_MODELS, settings.revision)
+    if not settings.model:
+        specs = [replace(spec, requested=False) for spec in specs]
     if names:
         specs = [replace(spec, alias=name) for spec, name in zip(specs, names, strict=True)]
     served = Counter(spec.served_name for spec in specs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A short hash that says which vectors a model gives: of files and values, never of places."""
+"""A short hash that identifies a model's vectors: of files and settings, never of paths."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ARITHMETIC = 1
 _HARMLESS_KEYS = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 )
-"""Keys of config.json that can't change a vector; what ``architectures`` says of pooling stands
-in the modules. Not those of backends/architectures.py: with each key that is found harmless
-there, fingerprints would change, and the vectors would not."""
+"""Keys of config.json that can't change a vector; the modules contain the pooling that
+``architectures`` implies. The list is not that of backends/architectures.py, whose every new key
+would change fingerprints but no vector."""
 
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _HARMLESS_SETTINGS = frozenset(
@@ -34,10 +34,10 @@ _HARMLESS_SETTINGS = frozenset(
         *("model_max_length", "max_len"),
     }
 )
-"""Keys of tokenizer_config.json that can't; the last two count as the longest input."""
+"""Keys of tokenizer_config.json that can't change a vector, or that ``max_tokens`` stands for."""
 
 _VOCABULARIES = ("vocab.*", "merges.txt", "*.model", "bpe.codes")
-"""What transformers makes a tokenizer of where there is no tokenizer.json."""
+"""The files from which transformers builds a tokenizer if there is no tokenizer.json."""
 
 
 def fingerprint(
@@ -48,10 +48,9 @@ def fingerprint(
     prompts: Mapping[str, str],
     layer_norm: bool,
 ) -> str:
-    """16 hex digits of a SHA-256 over all that decides the vectors of the model in ``layout``.
+    """16 hex digits of a SHA-256 over all that determines the vectors of the model in ``layout``.
 
-    ``weights`` are the digests of the first module's files, in the order in which they are read;
-    ``max_tokens`` and ``prompts`` are those that count.
+    ``weights`` are the digests of the first module's files, in the order in which they are read.
     """
     pipeline = layout.pipeline
     static = layout.max_tokens is None
@@ -74,7 +73,7 @@ def fingerprint(
 
 
 def _tokenizer(home: Path, *, static: bool) -> Mapping[str, Any]:
-    """The files that are read: a static model's tokenizer is its tokenizer.json alone."""
+    """The tokenizer's files; a static model reads only its tokenizer.json."""
     path = home / "tokenizer.json"
     files = [path] if path.is_file() else [f for form in _VOCABULARIES for f in home.glob(form)]
     parts: dict[str, Any] = {file.name: sha256_of(file) for file in files}
@@ -85,7 +84,7 @@ def _tokenizer(home: Path, *, static: bool) -> Mapping[str, Any]:
 
 
 def _module(module: Module, root: Path) -> Sequence[Any]:
-    if module.kind == "Pooling":  # whose options have two spellings
+    if module.kind == "Pooling":  # its options can be written in two ways
         return [module.kind, pooling_modes(module.config)]
     if module.kind == "Normalize" or module.folder == root:
         return [module.kind]

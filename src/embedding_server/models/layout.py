@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Reads a sentence-transformers folder: what is to be computed, how long, with which prompts."""
+"""Reads a sentence-transformers folder: its modules, its longest input and its prompts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,8 @@ from embedding_server.models.files import read_json, read_object
 
 __all__ = ["Layout", "read_layout"]
 
-_TRANSFORMER_CONFIGS = (
-    "sentence_bert_config.json",
-    "sentence_roberta_config.json",
-    "sentence_distilbert_config.json",
-    "sentence_camembert_config.json",
-    "sentence_albert_config.json",
-    "sentence_xlm-roberta_config.json",
-    "sentence_xlnet_config.json",
-)
-"""Where sentence-transformers looks for its own settings of the transformer, in its order."""
+_FAMILIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+"""sentence-transformers reads the first of sentence_<family>_config.json, in this order."""
 
 _TRANSFORMER_KEYS = {"max_seq_length", "do_lower_case", "unpad_inputs"}
 _TRANSFORMER_VALUES: Mapping[str, Any] = {
@@ -31,7 +23,7 @@ _TRANSFORMER_VALUES: Mapping[str, Any] = {
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
     "module_output_name": "token_embeddings",
 }
-"""What sentence-transformers 6 also writes; other values ask for something else than text."""
+"""Values that sentence-transformers 6 also writes; others are for input other than text."""
 _MODEL_KEYS = {
     *("__version__", "model_type", "prompts", "default_prompt_name", "similarity_fn_name"),
     "truncate_dim",
@@ -45,19 +37,19 @@ _DEFAULT_POSITIONS: Mapping[str, int] = {
     "modernbert": 8192,
     "nomic_bert": 2048,
 }
-"""``max_position_embeddings`` where config.json has none, as transformers' classes set it."""
+"""``max_position_embeddings`` if config.json has none: the defaults of transformers' classes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A model's folder, read."""
+    """The settings in a model's folder."""
 
     pipeline: Pipeline
     max_tokens: int | None
-    """Longest input that isn't cut; None where only the tokenizer can say."""
+    """The longest input that isn't cut; None for a static model, whose tokenizer has it."""
     lowercase: bool
     exclude_prompt: bool
-    """Whether pooling leaves the prompt's tokens out."""
+    """Whether pooling excludes the prompt's tokens."""
     prompts: Mapping[str, str]
     default_prompt: str | None
 
@@ -65,7 +57,7 @@ class Layout:
 def read_layout(folder: Path) -> Layout:
     """Read ``folder``.
 
-    Raises ModelNotSupported, naming file and key, for what no backend can do exactly.
+    Raises ModelNotSupported, naming file and key, for settings that no backend computes exactly.
     """
     has_modules = (folder / "modules.json").is_file()
     first, *modules = _read_modules(folder) if has_modules else _default_modules(folder)
@@ -78,7 +70,7 @@ def read_layout(folder: Path) -> Layout:
     home = first.folder
     _check_weights(home)
     config = {} if static else read_object(home / "config.json")
-    # sentence-transformers looks for its own settings only where there is a modules.json.
+    # sentence-transformers reads its own settings only if there is a modules.json.
     own = _read_transformer_config(home) if has_modules and not static else {}
     prompts, default_prompt = _read_prompts(folder) if has_modules else ({}, None)
     poolings = [module for module in modules if module.kind == "Pooling"]
@@ -103,7 +95,7 @@ def _read_modules(folder: Path) -> list[Module]:
     for entry in entries:
         type_name = str(entry.get("type", ""))
         if not type_name.startswith("sentence_transformers."):
-            # Of the model's own code, or of any other package: loading it would run that code.
+            # Loading it would run code of the model or of another package.
             raise ModelNotSupported(
                 f"{path} names the class {type_name!r}; only those of sentence_transformers are "
                 "known, and a model's own code is never run."
@@ -121,13 +113,13 @@ def _read_modules(folder: Path) -> list[Module]:
         found.append(Module(kind, where, read_object(where / "config.json") if has_config else {}))
     names = [entry.get("name") for entry in entries]
     if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        # sentence-transformers keeps the later one of two, at the place of the earlier.
+        # Of two modules with one name, sentence-transformers runs only the later.
         raise ModelNotSupported(f"{path} must give each module a name that no other has.")
     return found
 
 
 def _default_modules(folder: Path) -> list[Module]:
-    """What sentence-transformers makes of a plain transformers folder."""
+    """The modules that sentence-transformers adds to a plain transformers folder."""
     path = folder / "tokenizer_config.json"
     template = path.is_file() and read_object(path).get("chat_template")
     files = (folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja"))
@@ -140,7 +132,7 @@ def _default_modules(folder: Path) -> list[Module]:
     if config.get("model_type") == "model2vec":
         raise ModelNotSupported(
             f"{folder} has a static model of model2vec and no modules.json, without which "
-            "sentence-transformers can't load it either. Save it again, which writes one: "
+            "sentence-transformers can't load it either. Save it again to write one: "
             "StaticModel.from_pretrained(folder).save_pretrained(folder)."
         )
     names = config.get("architectures") or [""]
@@ -157,10 +149,8 @@ def _inside(folder: Path, relative: str, source: Path) -> Path:
     try:
         inside = path.resolve().is_relative_to(folder.resolve())
         path.exists()
-    except (OSError, ValueError):  # no path at all: too long, or with a NUL
-        raise ModelNotSupported(
-            f"{source} names the path {relative[:100]!r}, which is none."
-        ) from None
+    except (OSError, ValueError):  # too long, or with a NUL
+        raise ModelNotSupported(f"{source} names {relative[:100]!r}, which is no path.") from None
     if not inside:
         raise ModelNotSupported(
             f"{source} names the path {relative!r}, outside the model's folder."
@@ -175,9 +165,7 @@ def _check_weights(transformer: Path) -> None:
             "Merge the two (merge_and_unload of peft) and save the result."
         )
     names = ("model.safetensors", "model.safetensors.index.json")
-    if any((transformer / name).is_file() for name in names):
-        return
-    if any(transformer.glob("**/*.onnx")):
+    if any((transformer / name).is_file() for name in names) or any(transformer.glob("**/*.onnx")):
         return
     if (transformer / "pytorch_model.bin").exists():
         raise ModelNotSupported(
@@ -189,8 +177,8 @@ def _check_weights(transformer: Path) -> None:
 
 
 def _read_transformer_config(transformer: Path) -> Mapping[str, Any]:
-    for name in _TRANSFORMER_CONFIGS:
-        path = transformer / name
+    for family in _FAMILIES:
+        path = transformer / f"sentence_{family}_config.json"
         if path.is_file():
             values = read_object(path)
             unknown = sorted(
@@ -200,17 +188,17 @@ def _read_transformer_config(transformer: Path) -> Mapping[str, Any]:
             )
             if unknown:
                 raise ModelNotSupported(
-                    f"{path} sets {', '.join(unknown)} to what is not computed here."
+                    f"{path} sets {', '.join(unknown)} to values that are not supported."
                 )
             return values
     return {}
 
 
 def _max_tokens(transformer: Path, own: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    """sentence-transformers' limit, but never past the model's table of positions.
+    """sentence-transformers' limit, but at most the rows of the model's table of positions.
 
-    sentence-transformers goes past it where ``max_seq_length`` says so, or in RoBERTa's family,
-    whose table begins with unused rows; torch then fails on any text that long.
+    sentence-transformers exceeds them if ``max_seq_length`` does, and in RoBERTa's family, whose
+    table begins with unused rows; torch then fails on any text of that length.
     """
     positions = _positions(config)
     limits = {"max_seq_length": own.get("max_seq_length")}
@@ -243,7 +231,7 @@ def _positions(config: Mapping[str, Any]) -> Any:
 
 
 def _usable_positions(config: Mapping[str, Any], positions: Any) -> int | None:
-    """How many tokens the table of positions has rows for; None where there is no such table."""
+    """The number of tokens that the table of positions has rows for; None without a table."""
     if not isinstance(positions, int):
         return None
     match config.get("model_type"):
@@ -252,7 +240,7 @@ def _usable_positions(config: Mapping[str, Any], positions: Any) -> int | None:
         case "roberta" | "xlm-roberta":
             padding = config.get("pad_token_id", 1)
             return positions - (padding if isinstance(padding, int) else 0) - 1
-        case "mpnet":  # counts like RoBERTa, with a padding index that the config can't change
+        case "mpnet":  # as RoBERTa with the padding index 1, whatever the config says
             return positions - 2
         case _:
             return None
@@ -265,7 +253,7 @@ def _read_prompts(folder: Path) -> tuple[Mapping[str, str], str | None]:
     values = read_object(path)
     unknown = sorted(key for key, value in values.items() if key not in _MODEL_KEYS and value)
     if unknown:
-        raise ModelNotSupported(f"{path} sets {', '.join(unknown)}, not known here.")
+        raise ModelNotSupported(f"{path} sets {', '.join(unknown)}, which are not supported.")
     if values.get("model_type", "SentenceTransformer") != "SentenceTransformer":
         raise ModelNotSupported(f"{path}: a {values['model_type']} gives no sentence embeddings.")
     if values.get("truncate_dim") is not None:
@@ -278,5 +266,7 @@ def _read_prompts(folder: Path) -> tuple[Mapping[str, str], str | None]:
     prompts = {name: text for name, text in given.items() if text is not None}
     default = values.get("default_prompt_name")
     if default is not None and (not isinstance(default, str) or default not in prompts):
-        raise ModelNotSupported(f"{path} names the default prompt {default!r}, which it lacks.")
+        raise ModelNotSupported(
+            f"{path} names the default prompt {default!r}, but has none of that name."
+        )
     return prompts, default

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Reference vectors: what a model must give for a few texts before it is served."""
+"""Reference vectors: the vectors that a model must compute for some texts before it is served."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from embedding_server.errors import EmbeddingServerError, InvalidRequest, ModelN
 __all__ = ["REFERENCE_FILE", "SELF_CHECK_TOLERANCE", "ReferenceVectors", "self_check"]
 
 REFERENCE_FILE = "reference_vectors.npz"
-"""Where a model's folder has them."""
 
 SELF_CHECK_TOLERANCE = 1e-4
-"""Largest difference of any value. Ten times what every backend promises, as other versions of
-the reference and other processors round in their own way; a wrong model is off by far more."""
+"""Largest difference of any value: ten times that between backends, for other versions of
+sentence-transformers and other processors round differently; a wrong model differs far more."""
 
 _MOST_TEXTS = 256
 _MOST_BYTES = 2**20
@@ -32,8 +31,8 @@ _MOST_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReferenceVectors:
-    """Texts and the vectors that sentence-transformers gives for them, without a prompt, and
-    layer-normalised where the catalog asks for it."""
+    """Texts and their vectors by sentence-transformers, without a prompt, and layer-normalised if
+    the catalog says so."""
 
     path: Path
     texts: Sequence[str]
@@ -54,7 +53,7 @@ class ReferenceVectors:
             if size <= _MOST_BYTES:
                 with np.load(path, allow_pickle=False) as arrays:
                     texts, vectors = arrays["texts"], arrays["embeddings"]
-        except Exception as error:  # zipfile and numpy raise whatever the bytes lead them to
+        except Exception as error:  # zipfile and numpy raise many kinds of it
             raise _unusable(path, f"can't be read ({error})") from None
         if size > _MOST_BYTES:
             raise _unusable(path, f"is larger than {_MOST_BYTES} bytes")
@@ -71,13 +70,13 @@ class ReferenceVectors:
         return cls(path, texts.tolist(), vectors)
 
     def agrees_with(self, other: ReferenceVectors, tolerance: float) -> bool:
-        """Whether ``other`` has the same texts, and no value differs by more."""
+        """Whether ``other`` has the same texts, and no value differs by more than ``tolerance``."""
         if self.texts != other.texts or self.vectors.shape != other.vectors.shape:
             return False
         return bool(np.abs(self.vectors - other.vectors).max() <= tolerance)
 
     def write(self) -> None:
-        """Write the file, all at once."""
+        """Write the file beside ``path``, and then rename it."""
         part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
             with part.open("wb") as file:
@@ -88,9 +87,9 @@ class ReferenceVectors:
 
 
 async def self_check(engine: Engine, reference: ReferenceVectors) -> float:
-    """Embed the texts on ``engine``, which runs; the largest difference of any value.
+    """Embed the texts on the running ``engine``; returns the largest difference of any value.
 
-    Raises ModelNotSupported if it is past SELF_CHECK_TOLERANCE, or if the engine fails.
+    Raises ModelNotSupported if it is above SELF_CHECK_TOLERANCE, or if the engine fails.
     """
     dims = reference.vectors.shape[1]
     if dims != engine.info.dims:
@@ -113,12 +112,12 @@ async def self_check(engine: Engine, reference: ReferenceVectors) -> float:
             f"{engine.info.name} does not give the vectors in {reference.path}: that of "
             f"{reference.texts[worst][:50]!r} differs by {differences[worst]:.1e}, and "
             f"{SELF_CHECK_TOLERANCE:.0e} is allowed. Get the model again; or, if it was changed on "
-            f"purpose, {_way_out(reference.path)}."
+            f"purpose, {_advice(reference.path)}."
         )
     return float(differences[worst])
 
 
-def _way_out(path: Path) -> str:
+def _advice(path: Path) -> str:
     if path.name != REFERENCE_FILE:  # the catalog's
         return "give its folder another name than that of a catalog model"
     return (
@@ -128,4 +127,4 @@ def _way_out(path: Path) -> str:
 
 
 def _unusable(path: Path, fault: str) -> ModelNotSupported:
-    return ModelNotSupported(f"{path} {fault}: {_way_out(path)}.")
+    return ModelNotSupported(f"{path} {fault}: {_advice(path)}.")

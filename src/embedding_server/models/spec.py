@@ -60,13 +60,13 @@ class ModelSpec:
         return f"{self.name} ({self.hub_id})" if self.repo else self.name
 
 
-def parse_spec(text: str, *, revision: str | None = None, requested: bool = True) -> ModelSpec:
+def parse_spec(text: str, *, revision: str | None = None) -> ModelSpec:
     """Read a catalog name, a hub id, either with ``@revision``, or a folder.
 
     ``revision`` is the value of --revision. Raises ModelUnavailable for a missing folder and for
     text of none of these forms, and ConfigurationError where ``revision`` can't apply.
     """
-    spec = _parse(text.strip(), revision, requested)
+    spec = _parse(text.strip(), revision)
     if revision and spec.revision != revision:
         conflict = "is a folder" if spec.folder else f"names the revision {spec.revision} itself"
         raise ConfigurationError(
@@ -76,13 +76,13 @@ def parse_spec(text: str, *, revision: str | None = None, requested: bool = True
     return spec
 
 
-def _parse(text: str, revision: str | None, requested: bool) -> ModelSpec:
+def _parse(text: str, revision: str | None) -> ModelSpec:
     # Path.expanduser raises for a user without a home, as in many containers.
     path = Path(os.path.expanduser(text))  # noqa: PTH111
     if text.startswith((".", "/", "~")) or path.is_absolute():
         if not is_folder(path):
             raise ModelUnavailable(f"there is no folder {text}: give the path of a model's folder")
-        return _folder_spec(path, requested)
+        return _folder_spec(path)
     bare, at, own_revision = text.partition("@")
     if at or revision:
         revision = own_revision if at else revision
@@ -91,15 +91,15 @@ def _parse(text: str, revision: str | None, requested: bool) -> ModelSpec:
                 f"{revision!r} is no revision: give a branch, tag or commit, as in org/name@main"
             )
     if bare in CATALOG:
-        return _catalog_spec(CATALOG[bare], revision, requested)
+        return _catalog_spec(CATALOG[bare], revision)
     if text and is_folder(path) and ("/" not in text or is_model_folder(path)):
-        return _folder_spec(path, requested)
+        return _folder_spec(path)
     if _REPO.fullmatch(bare):
         for row in CATALOG.values():
             if row.repo.lower() == bare.lower():
-                return _catalog_spec(row, revision, requested)
+                return _catalog_spec(row, revision)
         name = bare.partition("/")[2]
-        return ModelSpec(name=name, repo=bare, revision=revision, requested=requested)
+        return ModelSpec(name=name, repo=bare, revision=revision)
     raise ModelUnavailable(
         f"{text!r} is no model: give one of {', '.join(CATALOG)}, a hub id as org/name or "
         "org/name@revision, or the path of a folder as ./folder"
@@ -118,12 +118,12 @@ def is_model_folder(path: Path) -> bool:
     return any(os.path.isfile(path / name) for name in names)  # noqa: PTH113
 
 
-def _folder_spec(path: Path, requested: bool) -> ModelSpec:
+def _folder_spec(path: Path) -> ModelSpec:
     name = (path.resolve() if path.name in ("", "..") else path).name
-    return ModelSpec(name=name or "model", folder=path, requested=requested)
+    return ModelSpec(name=name or "model", folder=path)
 
 
-def _catalog_spec(row: CatalogModel, revision: str | None, requested: bool) -> ModelSpec:
+def _catalog_spec(row: CatalogModel, revision: str | None) -> ModelSpec:
     pinned = revision is None or revision == row.revision
     return ModelSpec(
         name=row.name,
@@ -132,5 +132,4 @@ def _catalog_spec(row: CatalogModel, revision: str | None, requested: bool) -> M
         # The digest and the package are those of the row's revision only.
         sha256=row.sha256 if pinned else None,
         package=row.package if pinned else None,
-        requested=requested,
     )

@@ -181,11 +181,11 @@ LIES: Mapping[str, Callable[[bytes], bytes]] = {
 def test_a_header_that_lies(lie: str, folder: Path) -> None:
     file = folder / WEIGHTS
     file.write_bytes(LIES[lie](file.read_bytes()))
-    told = refusal(folder)
+    message = refusal(folder)
     if lie == "no-tensor":
-        assert f"{folder} have no tensor" in told
+        assert f"{folder} have no tensor" in message
     else:
-        assert f"{file} is damaged: " in told
+        assert f"{file} is damaged: " in message
 
 
 def with_tensor(name: str, change: Callable[[np.ndarray], np.ndarray | None]) -> Change:
@@ -272,8 +272,8 @@ def test_an_index_that_leads_elsewhere(name: object, folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "part.safetensors")
     index = {"weight_map": {WORDS: "part.safetensors", "other": name}}
     write(folder / f"{WEIGHTS}.index.json", index)
-    told = refusal(folder)
-    assert f"{WEIGHTS}.index.json" in told or "absent.safetensors is missing" in told
+    message = refusal(folder)
+    assert f"{WEIGHTS}.index.json" in message or "absent.safetensors is missing" in message
 
 
 # ------------------------------------------------------------------------------------- the JSON
@@ -476,8 +476,8 @@ def test_rows_in_reserve_are_no_other_vocabulary(folder: Path) -> None:
 def test_a_vocabulary_without_a_special_token(token: str, folder: Path) -> None:
     """It would be added with an id that the model has no vector for."""
     with_vocabulary(folder, lambda vocab: vocab.update({"other": vocab.pop(token)}))
-    told = refusal(folder)
-    assert "unknown token '[UNK]'" in told or f"lacks the token {token!r}" in told
+    message = refusal(folder)
+    assert "unknown token '[UNK]'" in message or f"lacks the token {token!r}" in message
 
 
 def test_ids_with_a_gap(folder: Path) -> None:
@@ -678,8 +678,8 @@ def test_a_module_of_its_own(class_path: str, backend: str, folder: Path) -> Non
     modules[0]["type"] = class_path
     write(folder / "modules.json", modules)
     (folder / "custom.py").write_text(CODE)
-    told = refusal(folder, backend=backend)
-    assert f"{folder / 'modules.json'} names the class '{class_path}'" in told
+    message = refusal(folder, backend=backend)
+    assert f"{folder / 'modules.json'} names the class '{class_path}'" in message
     assert not list(folder.rglob("ran"))
 
 
@@ -712,8 +712,8 @@ def test_a_module_outside_the_folder(path: str, folder: Path) -> None:
     modules = read(folder / "modules.json")
     modules[1]["path"] = path
     write(folder / "modules.json", modules)
-    told = refusal(folder)
-    assert f"{folder / 'modules.json'} names the path" in told
+    message = refusal(folder)
+    assert f"{folder / 'modules.json'} names the path" in message
 
 
 def test_a_cache_of_links_goes_on_working(
@@ -808,8 +808,8 @@ def test_tensors_of_an_onnx_file_outside_the_folder(location: str, folder: Path)
     make_onnx(folder, location=location)
     (folder / "words.bin").rename(folder.parent / "outside.bin")
     (folder / "link.bin").symlink_to("../outside.bin")
-    told = refusal(folder, onnx_file="model.onnx", backend="auto")
-    assert location in told or "xternal" in told
+    message = refusal(folder, onnx_file="model.onnx", backend="auto")
+    assert location in message or "xternal" in message
 
 
 def test_tensors_of_an_onnx_file_that_are_cut(folder: Path) -> None:
@@ -881,12 +881,12 @@ def test_one_line_and_exit_code_1(
         done = run_cli("serve", "--port", "0", "--backend", "onnx", "--model", str(folder))
     else:
         done = run_cli("models", "info", str(folder), "--backend", "onnx")
-    told = sentence(done)
+    message = sentence(done)
     for part in parts:
-        assert part in told
+        assert part in message
 
 
-def test_a_swapped_file_is_told_by_its_digest(folder: Path, tmp_path: Path) -> None:
+def test_a_swapped_file_is_named_by_its_digest(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "of").mkdir()
     folder.rename(tmp_path / "of" / "all-MiniLM-L6-v2")
     with pytest.raises(ModelUnavailable, match=r"model\.safetensors is not the file that"):

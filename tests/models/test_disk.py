@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Full disks, caches that can't be written and downloads that broke off: told, and got over.
+"""Full disks, caches that can't be written and downloads that broke off: reported, and survived.
 
 The disks are real: small file systems in memory, in a mount namespace of the process's own.
 """
@@ -96,11 +96,11 @@ def test_a_full_disk_and_then_room(
     )
     assert "first=1" in done.stdout, done.stderr
     assert "second=0" in done.stdout, done.stderr
-    (told,) = sentences(done.stderr)
-    assert "could not be written to" in told
-    assert str(cache) in told
-    assert "No space left on device" in told
-    assert "free space or allow writing there, or set HF_HOME to another folder" in told
+    (sentence,) = sentences(done.stderr)
+    assert "could not be written to" in sentence
+    assert str(cache) in sentence
+    assert "No space left on device" in sentence
+    assert "free space or allow writing there, or set HF_HOME to another folder" in sentence
 
 
 @needs_mounts
@@ -114,9 +114,9 @@ def test_a_read_only_cache_without_the_model(hub: HubStandIn, tmp_path: Path) ->
     )
     assert "first=1" in done.stdout, done.stderr
     assert "second=0" in done.stdout, done.stderr
-    (told,) = sentences(done.stderr)
-    assert "Read-only file system" in told
-    assert "set HF_HOME to another folder" in told
+    (sentence,) = sentences(done.stderr)
+    assert "Read-only file system" in sentence
+    assert "set HF_HOME to another folder" in sentence
 
 
 @needs_mounts
@@ -150,9 +150,9 @@ def test_a_cache_without_permission(hub: HubStandIn, tmp_path: Path) -> None:
     env = env_of(hub, cache)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stderr
-    (told,) = sentences(done.stderr)
-    assert "Permission denied" in told
-    assert "set HF_HOME to another folder" in told
+    (sentence,) = sentences(done.stderr)
+    assert "Permission denied" in sentence
+    assert "set HF_HOME to another folder" in sentence
     cache.chmod(0o755)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -131,7 +131,7 @@ class _Answer(BaseHTTPRequestHandler):
             return None
         for part, status in self.hub.statuses.items():
             if part in self.path:
-                return self._error(status, "as told", **{"Retry-After": "300"})
+                return self._error(status, "as the test wants", **{"Retry-After": "300"})
         if self.host == "storage":
             return self._stored()
         if self.hub.token is not None and (

@@ -97,6 +97,7 @@ def _run_child(request: DownloadRequest, spec: ModelSpec) -> Path:
         assert child.stdin is not None
         assert child.stdout is not None
         limit = threading.Timer(_FIRST_ANSWER_SECONDS, child.kill)
+        limit.daemon = True
         limit.start()
         child.stdin.write(json.dumps(asdict(request)) + "\n")
         child.stdin.flush()

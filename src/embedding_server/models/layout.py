@@ -150,7 +150,9 @@ def _inside(folder: Path, relative: str, source: Path) -> Path:
         inside = path.resolve().is_relative_to(folder.resolve())
         path.exists()
     except (OSError, ValueError):  # too long, or with a NUL
-        raise ModelNotSupported(f"{source} names {relative[:100]!r}, which is no path.") from None
+        raise ModelNotSupported(
+            f"{source} names the path {relative[:100]!r}, which is not valid."
+        ) from None
     if not inside:
         raise ModelNotSupported(
             f"{source} names the path {relative!r}, outside the model's folder."

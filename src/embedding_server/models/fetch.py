@@ -39,7 +39,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 from embedding_server.models.download import DownloadFailed, DownloadRequest
 from embedding_server.models.repository import documents, lacks, weights
 
-__all__ = ["fetch"]
+__all__ = ["fetch", "main"]
 
 _ANSWER_SECONDS = 5.0
 _CONNECT_SECONDS = 3.0

@@ -56,12 +56,7 @@ def main() -> None:
     try:
         _report(snapshot=str(fetch(request)))
     except DownloadFailed as failure:
-        _report(
-            reason=failure.reason,
-            fix=failure.fix,
-            unreachable=failure.unreachable,
-            traceback=traceback.format_exc(),
-        )
+        _report(**vars(failure), traceback=traceback.format_exc())
 
 
 def fetch(request: DownloadRequest) -> Path:

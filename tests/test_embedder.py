@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import logging
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,17 @@ def test_options_are_checked_with_texts_and_without(
     with pytest.raises(InvalidRequest) as caught:
         embedder.embed(texts, **options)
     assert caught.value.param == param
+
+
+def test_its_options_are_those_of_a_request() -> None:
+    """Editors and type checkers read them from the signature, which must say them again."""
+    parameters = inspect.signature(Embedder.embed).parameters
+    options = {
+        name: (parameter.annotation, parameter.default)
+        for name, parameter in parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    assert options == {field.name: (field.type, field.default) for field in fields(EmbedParams)}
 
 
 def test_no_texts_are_cut_too(folder: Path) -> None:

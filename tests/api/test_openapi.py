@@ -16,7 +16,12 @@ from live import LiveServer, running_server
 from pydantic import BaseModel
 
 from embedding_server.api import embeddings, health, models
-from embedding_server.api.schemas import EmbeddingsRequest, OpenAIEmbeddingsRequest, parse
+from embedding_server.api.schemas import (
+    EmbeddingsRequest,
+    EmbedRequest,
+    OpenAIEmbeddingsRequest,
+    parse,
+)
 from embedding_server.app import create_app
 from embedding_server.errors import InvalidRequest
 from embedding_server.settings import Settings
@@ -334,7 +339,7 @@ def test_request_fields_are_those_that_are_parsed(
 @pytest.mark.parametrize("schema", [EmbeddingsRequest, OpenAIEmbeddingsRequest])
 def test_the_schema_refuses_what_the_server_refuses(
     document: dict[str, Any],
-    schema: type[EmbeddingsRequest] | type[OpenAIEmbeddingsRequest],
+    schema: type[EmbedRequest],
     fields: dict[str, Any],
 ) -> None:
     body = {"model": MODEL, "input": "a", **fields}

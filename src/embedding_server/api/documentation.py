@@ -9,7 +9,12 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from embedding_server.api.fingerprint import FINGERPRINT_HEADER
-from embedding_server.api.schemas import EmbeddingsRequest, ErrorResponse, OpenAIEmbeddingsRequest
+from embedding_server.api.schemas import (
+    EmbeddingsRequest,
+    EmbedRequest,
+    ErrorResponse,
+    OpenAIEmbeddingsRequest,
+)
 from embedding_server.settings import Settings
 
 __all__ = ["ERROR_REASONS", "errors", "json_body", "use_own_openapi"]
@@ -94,7 +99,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def json_body(schema: type[OpenAIEmbeddingsRequest]) -> dict[str, Any]:
+def json_body(schema: type[EmbedRequest]) -> dict[str, Any]:
     """``openapi_extra`` of a route that reads ``schema`` and its own headers by itself."""
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
     body = {"required": True, "content": content}

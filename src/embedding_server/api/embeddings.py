@@ -21,13 +21,12 @@ from embedding_server.api.record import record_of
 from embedding_server.api.schemas import (
     EmbeddingsRequest,
     EmbeddingsResponse,
+    EmbedRequest,
     OpenAIEmbeddingsRequest,
     OpenAIEmbeddingsResponse,
-    Schema,
     parse,
 )
 from embedding_server.engine.engine import CHARACTERS_PER_TOKEN
-from embedding_server.engine.parameters import EmbedParams
 from embedding_server.errors import InvalidRequest
 from embedding_server.models.registry import Registry
 from embedding_server.settings import Settings
@@ -104,15 +103,7 @@ async def _embeddings(request: Request) -> Response:
     body = Body(request.app.state.bodies)
     try:
         query = await _parse(EmbeddingsRequest, body, request)
-        params = EmbedParams(
-            dimensions=query.dimensions,
-            input_type=query.input_type,
-            prompt=query.prompt,
-            truncate=query.truncate is not False,
-            normalize=query.normalize is not False,
-            output_dtype=query.output_dtype or "float",
-        )
-        return await _answer(request, query, params, openai=False)
+        return await _answer(request, query, openai=False)
     finally:
         body.close()
 
@@ -121,19 +112,19 @@ async def _openai_embeddings(request: Request) -> Response:
     body = Body(request.app.state.bodies)
     try:
         query = await _parse(OpenAIEmbeddingsRequest, body, request)
-        return await _answer(request, query, EmbedParams(dimensions=query.dimensions), openai=True)
+        return await _answer(request, query, openai=True)
     finally:
         body.close()
 
 
-async def _parse(schema: type[Schema], body: Body, request: Request) -> Schema:
+async def _parse(schema: type[EmbedRequest], body: Body, request: Request) -> EmbedRequest:
     """Out of the event loop where it takes long; health must be answered meanwhile."""
     content = await body.read(request)
     if len(content) <= _INLINE_BYTES:
         return parse(schema, content)
     settings: Settings = request.app.state.settings
 
-    def parse_large() -> Schema:
+    def parse_large() -> EmbedRequest:
         ids = settings.max_request_tokens * CHARACTERS_PER_TOKEN
         check_extent(content, inputs=settings.max_client_batch_size, ids=ids)
         return parse(schema, content)
@@ -175,9 +166,7 @@ async def _hung_up(request: Request) -> None:
         pass
 
 
-async def _answer(
-    request: Request, query: OpenAIEmbeddingsRequest, params: EmbedParams, *, openai: bool
-) -> Response:
+async def _answer(request: Request, query: EmbedRequest, *, openai: bool) -> Response:
     registry: Registry = request.app.state.registry
     settings: Settings = request.app.state.settings
     record = record_of(request.scope)
@@ -201,7 +190,7 @@ async def _answer(
             "taken in one request. Send them in parts.",
             param="input",
         )
-    result = await _unless_gone(request, engine.embed(query.input, params, record.stages))
+    result = await _unless_gone(request, engine.embed(query.input, query.params, record.stages))
     record.tokens, record.truncated = result.tokens, result.truncated
 
     def encode() -> bytes:

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from pydantic.json_schema import WithJsonSchema
 
-from embedding_server.engine.postprocess import OutputDtype
+from embedding_server.engine.parameters import EmbedParams, ParameterRow, parameter_rows
 from embedding_server.errors import InvalidRequest
 
 __all__ = [
+    "EmbedRequest",
     "Embedding",
     "EmbeddingsRequest",
     "EmbeddingsResponse",
@@ -27,7 +29,6 @@ __all__ = [
     "OpenAIEmbeddingsResponse",
     "OpenAIModel",
     "OpenAIModels",
-    "Schema",
     "ServerStatus",
     "Usage",
     "parse",
@@ -106,12 +107,10 @@ _INPUT_SCHEMA = {
 }
 
 
-class _Request(BaseModel):
+class EmbedRequest(BaseModel):
+    """The fields that every dialect has; ``EmbedParams`` declares the others."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class OpenAIEmbeddingsRequest(_Request):
-    """What OpenAI documents for ``POST /embeddings``."""
 
     model: str = Field(
         description="a served model: its name, its hub id, or that id with @revision",
@@ -121,30 +120,43 @@ class OpenAIEmbeddingsRequest(_Request):
     encoding_format: Literal["float", "base64"] | None = Field(
         None, description="float: a list of numbers (default); base64: of the little-endian values"
     )
-    dimensions: int | None = Field(
-        None,
-        description="cut to that many values, then normalise; fewer than the model's full size "
-        "only if it is a Matryoshka model",
-    )
     user: str | None = Field(None, description="accepted, unused")
 
+    @property
+    def params(self) -> EmbedParams:
+        """The options that the request sets; null leaves the default."""
+        given = self.__dict__
+        names = self.model_fields_set & _OPTIONS
+        return EmbedParams(**{name: given[name] for name in names if given[name] is not None})
 
-class EmbeddingsRequest(OpenAIEmbeddingsRequest):
-    """A request for embeddings; null means a field's default."""
 
-    input_type: str | None = Field(
-        None, description="'query', 'document' or a prompt's name: prepends the model's prompt"
-    )
-    prompt: str | None = Field(None, description="prepends this text")
-    truncate: bool | None = Field(
-        None, description="false: an over-long input is an error instead of cut (default true)"
-    )
-    normalize: bool | None = Field(
-        None, description="false: the model's own output, not scaled to length 1 (default true)"
-    )
-    output_dtype: OutputDtype | None = Field(
-        None, description="quantise the vectors (default float)"
-    )
+def _request_schema(name: str, doc: str, rows: Iterable[ParameterRow]) -> type[EmbedRequest]:
+    fields: dict[str, Any] = {
+        row.name: (row.annotation | None, Field(None, description=_description(row)))
+        for row in rows
+    }
+    return create_model(name, __base__=EmbedRequest, __doc__=doc, **fields)
+
+
+def _description(row: ParameterRow) -> str:
+    if row.default is None:
+        return row.help
+    return f"{row.help} (default {str(row.default).lower()})"
+
+
+_OPTIONS = frozenset(row.name for row in parameter_rows())
+
+EmbeddingsRequest = _request_schema(
+    "EmbeddingsRequest",
+    "A request for embeddings; null means a field's default.",
+    parameter_rows(),
+)
+
+OpenAIEmbeddingsRequest = _request_schema(
+    "OpenAIEmbeddingsRequest",
+    "What OpenAI documents for ``POST /embeddings``.",
+    [row for row in parameter_rows() if row.name == "dimensions"],
+)
 
 
 class _Answer(BaseModel):
@@ -251,15 +263,13 @@ class ErrorResponse(_Answer):
     error: ErrorDetails
 
 
-Schema = TypeVar("Schema", bound=_Request)
-
 _QUOTED = {name: f'"{name}"'.encode() for name in EmbeddingsRequest.model_fields}
 
 # A letter or an underscore spelt with an escape, which nothing that writes JSON does.
 _ESCAPED_LETTER = re.compile(rb"\\u00(?:[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff])")
 
 
-def parse(schema: type[Schema], body: bytes) -> Schema:
+def parse(schema: type[EmbedRequest], body: bytes) -> EmbedRequest:
     """``body`` as ``schema``; raises InvalidRequest naming the first field at fault."""
     try:
         value = orjson.loads(body)
@@ -296,7 +306,7 @@ def _check_no_field_twice(body: bytes) -> None:
     json.loads(body, object_pairs_hook=unique)
 
 
-def _explain(schema: type[_Request], error: ValidationError) -> InvalidRequest:
+def _explain(schema: type[EmbedRequest], error: ValidationError) -> InvalidRequest:
     problems = error.errors(include_url=False, include_context=False)
     # An unknown field first: it is often what a missing one was meant to be.
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
@@ -309,7 +319,7 @@ def _explain(schema: type[_Request], error: ValidationError) -> InvalidRequest:
     return InvalidRequest(f"{field!r}: {problem['msg']}.", param=field)
 
 
-def _unknown_field(schema: type[_Request], name: str) -> InvalidRequest:
+def _unknown_field(schema: type[EmbedRequest], name: str) -> InvalidRequest:
     field = name[:100]  # it may be as long as the body
     return InvalidRequest(
         f"There is no field {field!r} here; there are: {', '.join(schema.model_fields)}.",

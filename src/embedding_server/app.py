@@ -26,6 +26,7 @@ from embedding_server.api.middleware import (
     RootPath,
 )
 from embedding_server.api.routes import ROUTERS, heads, prefix_of, route_of
+from embedding_server.api.state import State
 from embedding_server.errors import ConfigurationError
 from embedding_server.models.choice import load_options_of, specs_of
 from embedding_server.models.registry import Registry
@@ -35,7 +36,7 @@ from embedding_server.telemetry import Telemetry
 if TYPE_CHECKING:
     from embedding_server.api.tracing import Tracing
 
-__all__ = ["create_app"]
+__all__ = ["Application", "create_app"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def create_app(
     load_first: bool = False,
     on_loaded: Callable[[], None] = lambda: None,
     on_load_error: Callable[[Exception], None] | None = None,
-) -> FastAPI:
+) -> Application:
     """The application of ``settings``; its models are loaded while it answers health already.
 
     With ``load_first`` its start is over, and so connections are accepted, when they are loaded.
@@ -93,7 +94,7 @@ def create_app(
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
-    app = _Application(
+    app = Application(
         title="embedding-server",
         version=__version__,
         description="Text in, sentence embeddings out.",
@@ -103,17 +104,17 @@ def create_app(
         # Its own would come beside ours, and it sends them to wherever OTEL_ variables say.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
-    app.state.settings = settings
-    app.state.telemetry = telemetry
-    app.state.registry = registry
-    app.state.draining = False
-    app.state.siblings = ""  # what is wrong with other processes of this server
-    app.state.bodies = Bodies(max_body_bytes=settings.max_body_bytes, timeout=settings.body_timeout)
-    app.state.api_keys = keys
+    app.state = State(
+        settings=settings,
+        telemetry=telemetry,
+        registry=registry,
+        bodies=Bodies(settings),
+        api_keys=keys,
+    )
     for router in (*ROUTERS, *heads()):
         app.include_router(router)
     add_error_handlers(app)
-    use_own_openapi(app, prefix=prefix)
+    use_own_openapi(app, settings, prefix=prefix)
     front: ASGIApp = DirectRoutes(app.inner, endpoints=embeddings.DIRECT)
     if keys:
         front = ApiKeyMiddleware(
@@ -128,10 +129,11 @@ def create_app(
     return app
 
 
-class _Application(FastAPI):
+class Application(FastAPI):
     """FastAPI behind our own middleware: short requests pass through none of its many layers."""
 
     front: ASGIApp
+    state: State  # type: ignore[assignment]  # typed, in place of Starlette's open namespace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self

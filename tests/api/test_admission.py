@@ -16,8 +16,8 @@ from in_process import serving, until
 from live import LiveServer, running_server
 from raw_http import connect
 
-from embedding_server.api import embeddings
-from embedding_server.api.extent import check_extent
+from embedding_server.api import body as body_module
+from embedding_server.api.parsing import check_extent
 from embedding_server.serving.servers.base import SERVERS
 
 MODEL = "all-MiniLM-L6-v2"
@@ -94,7 +94,7 @@ def test_a_body_has_its_room_while_a_thread_holds_it(
         go_on.wait()
         check_extent(body, inputs=inputs, ids=ids)
 
-    monkeypatch.setattr(embeddings, "check_extent", slow)
+    monkeypatch.setattr(body_module, "check_extent", slow)
     with serving(model=(str(tiny_model),), max_body_bytes=1_200_000) as server:
         body = {"model": "tiny", "input": "river", "user": "x" * 300_000}
 

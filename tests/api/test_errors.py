@@ -511,8 +511,7 @@ def faulty(tiny_model: Path) -> Iterator[httpx.Client]:
         serving(model=(str(tiny_model),)) as server,
         httpx.Client(base_url=server.url) as client,
     ):
-        server.app.state.registry = None
-        server.app.state.telemetry = None
+        server.app.state = None
         yield client
 
 

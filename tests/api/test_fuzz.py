@@ -129,7 +129,7 @@ ENDLESS = {
 
 PROGRAM = """
 import sys
-from embedding_server.api.extent import check_extent
+from embedding_server.api.parsing import check_extent
 from embedding_server.errors import InvalidRequest
 try:
     check_extent(sys.stdin.buffer.read(), inputs=2048, ids=3_000_000)

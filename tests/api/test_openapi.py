@@ -16,11 +16,11 @@ from live import LiveServer, running_server
 from pydantic import BaseModel
 
 from embedding_server.api import embeddings, health, models
+from embedding_server.api.parsing import parse
 from embedding_server.api.schemas import (
     EmbeddingsRequest,
     EmbedRequest,
     OpenAIEmbeddingsRequest,
-    parse,
 )
 from embedding_server.app import create_app
 from embedding_server.errors import InvalidRequest

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import sys
 
-from embedding_server.api.extent import check_extent
-from embedding_server.api.schemas import EmbeddingsRequest, OpenAIEmbeddingsRequest, parse
+from embedding_server.api.parsing import check_extent, parse
+from embedding_server.api.schemas import EmbeddingsRequest, OpenAIEmbeddingsRequest
 from embedding_server.engine.tokenizer import Tokenizer
 from embedding_server.errors import InvalidRequest
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from fastapi import FastAPI
 
-from embedding_server.app import create_app
+from embedding_server.app import Application, create_app
 from embedding_server.serving.servers.base import AsgiServer, ServerOptions, server_class
 from embedding_server.settings import Settings
 
@@ -26,7 +25,7 @@ class InProcessServer:
     """A running application: where it listens, what stops it, and the thread that then ends."""
 
     url: str
-    app: FastAPI
+    app: Application
     server: AsgiServer
     thread: threading.Thread
 

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Self
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Scope
+from starlette.types import Scope
 
 from embedding_server.api.headers import single_header
+from embedding_server.api.parsing import check_extent, parse
+from embedding_server.api.schemas import EmbedRequest
+from embedding_server.engine.engine import CHARACTERS_PER_TOKEN
 from embedding_server.errors import (
     BodyTooLarge,
     BodyTooSlow,
@@ -19,35 +21,30 @@ from embedding_server.errors import (
     Overloaded,
     UnsupportedContent,
 )
+from embedding_server.settings import Settings
 
 __all__ = ["Bodies", "Body"]
 
-Result = TypeVar("Result")
-
-# Of the largest size, this many at a time: before a model's own limits can be asked, a body takes
-# several times its bytes to be read and parsed.
+# As many bodies of the largest size at a time: reading and parsing one takes several times its
+# bytes, before a model's own limits apply.
 _LARGEST_AT_A_TIME = 4
 
 # A body that came whole and is no larger than this isn't counted: there can't be many.
 _SHORT = 64 * 1024
 
-# Between two looks at the bodies that are waited for: one timer for all of them costs nothing to
-# those that come at once.
-_LOOK_SECONDS = 1.0
+# A larger body is parsed in a thread, as health must be answered meanwhile.
+_INLINE_BYTES = 256 * 1024
 
 
 class Bodies:
-    """All bodies that a process reads and holds now: their bytes, and how long they may take.
+    """The limits of bodies, and the bytes of all that a process holds; for one event loop."""
 
-    ``timeout`` is in seconds, for each body. For use in one event loop.
-    """
-
-    def __init__(self, *, max_body_bytes: int, timeout: float) -> None:
-        self.max_body_bytes = max_body_bytes
+    def __init__(self, settings: Settings) -> None:
+        self.max_body_bytes = settings.max_body_bytes
+        self.timeout = settings.body_timeout
+        self.max_inputs = settings.max_client_batch_size
+        self.max_ids = settings.max_request_tokens * CHARACTERS_PER_TOKEN
         self.held = 0
-        self._timeout = timeout
-        self._since: dict[asyncio.Task[Any], float] = {}
-        self._timer: asyncio.TimerHandle | None = None
 
     def check(self, more: int) -> None:
         """Raise Overloaded if there is no room for ``more`` bytes."""
@@ -58,64 +55,43 @@ class Bodies:
                 retry_after=1.0,
             )
 
-    def watch(self, task: asyncio.Task[Any]) -> None:
-        """Cancel ``task`` after the time that a body may take, unless ``leave`` comes before."""
-        loop = task.get_loop()
-        self._since[task] = loop.time()
-        if self._timer is None:
-            self._timer = loop.call_later(_LOOK_SECONDS, self._look)
-
-    def leave(self, task: asyncio.Task[Any]) -> bool:
-        """Whether ``task`` was watched until now, and not cancelled."""
-        return self._since.pop(task, None) is not None
-
-    def too_slow(self) -> BodyTooSlow:
-        """What a task was cancelled for."""
-        return BodyTooSlow(
-            f"The body did not come within {self._timeout:g} s; send the inputs in parts."
-        )
-
-    def _look(self) -> None:
-        self._timer = None
-        loop = asyncio.get_running_loop()
-        for task, since in list(self._since.items()):
-            if loop.time() - since > self._timeout:
-                del self._since[task]
-                task.cancel()
-        if self._since:
-            self._timer = loop.call_later(_LOOK_SECONDS, self._look)
-
 
 class Body:
-    """One request's body; ``close`` it when nothing of it is held any more."""
+    """One request's body, whose bytes count in ``bodies`` until the ``with`` block is left."""
 
-    __slots__ = ("_bodies", "_closed", "_held", "_thread")
+    __slots__ = ("_bodies", "_closed", "_held", "_parsing")
 
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies
         self._closed = False
         self._held = 0
-        self._thread: asyncio.Future[Any] | None = None
+        self._parsing: asyncio.Future[EmbedRequest] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed = True
+        if self._parsing is not None and not self._parsing.done():
+            self._parsing.add_done_callback(self._release)  # its thread holds the bytes till then
+        else:
+            self._release()
 
     async def read(self, request: Request) -> bytes:
         """The whole body.
 
-        Raises InvalidRequest for a header that is there twice, UnsupportedContent for anything
-        but plain JSON, BodyTooLarge once more bytes than a body may have are announced or have
-        come, BodyTooSlow when it takes too long, and Overloaded when other bodies leave no room
-        for it.
+        Raises InvalidRequest for a repeated header, UnsupportedContent for anything but plain
+        JSON, BodyTooLarge once more bytes than a body may have are announced or have come,
+        BodyTooSlow when it takes too long, and Overloaded when other bodies leave no room for it.
         """
-        task = asyncio.current_task()
-        assert task is not None
-        self._bodies.watch(task)
         try:
-            return await self._read(request)
-        except asyncio.CancelledError:
-            if self._bodies.leave(task) or task.uncancel() > 0:  # by another, too
-                raise
-            raise self._bodies.too_slow() from None
-        finally:
-            self._bodies.leave(task)
+            async with asyncio.timeout(self._bodies.timeout):
+                return await self._read(request)
+        except TimeoutError:
+            raise BodyTooSlow(
+                f"The body did not come within {self._bodies.timeout:g} s; send the inputs in "
+                "parts."
+            ) from None
 
     async def _read(self, request: Request) -> bytes:
         _check_type(request.scope)
@@ -140,28 +116,23 @@ class Body:
                 return _not_empty(bytes(chunks))
             chunk, more = await _next_chunk(request)
 
-    async def in_thread(self, work: Callable[[], Result]) -> Result:
-        """The result of ``work``, which holds the body: until it ends, whoever waits for it."""
+    async def parse(self, content: bytes, schema: type[EmbedRequest]) -> EmbedRequest:
+        """``content``, as ``read`` returned it, as a request; raises InvalidRequest."""
+        if len(content) <= _INLINE_BYTES:
+            return parse(schema, content)
+        loop = asyncio.get_running_loop()
+        self._parsing = loop.run_in_executor(None, self._parse_large, content, schema)
+        return await asyncio.shield(self._parsing)
 
-        def unless_closed() -> Result:
-            if self._closed:
-                raise ClientDisconnect  # nobody waits for it
-            return work()
+    def _parse_large(self, content: bytes, schema: type[EmbedRequest]) -> EmbedRequest:
+        if self._closed:
+            raise ClientDisconnect  # the request has ended while it was waiting for this thread
+        check_extent(content, inputs=self._bodies.max_inputs, ids=self._bodies.max_ids)
+        return parse(schema, content)
 
-        self._thread = asyncio.get_running_loop().run_in_executor(None, unless_closed)
-        return await asyncio.shield(self._thread)
-
-    def close(self) -> None:
-        """Make room for others; when a thread still holds the body, as soon as it is done."""
-        self._closed = True
-        if self._thread is not None and not self._thread.done():
-            self._thread.add_done_callback(self._leave)
-        else:
-            self._leave()
-
-    def _leave(self, unheard: asyncio.Future[Any] | None = None) -> None:
-        if unheard is not None and not unheard.cancelled():
-            unheard.exception()  # or asyncio would log it
+    def _release(self, parsing: asyncio.Future[EmbedRequest] | None = None) -> None:
+        if parsing is not None and not parsing.cancelled():
+            parsing.exception()  # or asyncio would log it as never retrieved
         self._bodies.held -= self._held
         self._held = 0
 
@@ -183,14 +154,14 @@ def _check_type(scope: Scope) -> None:
 
 
 def _announced(scope: Scope) -> int:
-    """Bytes that the body should have; 0 if nobody says."""
+    """The body's Content-Length in bytes; 0 without one."""
     length = single_header(scope, b"content-length") or b""
     return int(length[:20]) if length.isdigit() else 0
 
 
 async def _next_chunk(request: Request) -> tuple[bytes, bool]:
     """The next part of the body, and whether more may come; raises ClientDisconnect."""
-    message: Message = await request.receive()
+    message = await request.receive()
     if message["type"] == "http.disconnect":
         raise ClientDisconnect
     return message.get("body", b""), message.get("more_body", False)

@@ -12,8 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from embedding_server.api.errors import ErrorAnswer, error_answer
-from embedding_server.api.fingerprint import FINGERPRINT_HEADER
-from embedding_server.api.headers import single_header
+from embedding_server.api.headers import FINGERPRINT_HEADER, single_header
 from embedding_server.errors import ConfigurationError, InvalidRequest
 
 __all__ = ["Cors"]

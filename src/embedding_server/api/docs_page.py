@@ -20,8 +20,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
 from embedding_server.api.headers import single_header
-from embedding_server.api.keys import ApiKeys
-from embedding_server.models.registry import Registry
+from embedding_server.api.state import state_of
 
 __all__ = ["router"]
 
@@ -52,12 +51,12 @@ def openapi(request: Request) -> Response:
 @router.get("/docs")
 def docs(request: Request) -> Response:
     """The page, with examples that work as they are on the server that is asked."""
-    registry: Registry = request.app.state.registry
-    keys: ApiKeys = request.app.state.api_keys
+    state = state_of(request)
     document = request.app.openapi()
-    model = next(iter(registry.status()))
-    curl = _Curl(document, base=_base_url(request, document), model=model, keyed=bool(keys))
-    return HTMLResponse(_page(document, curl, keyed=bool(keys)), headers=_HEADERS)
+    model = next(iter(state.registry.status()))
+    keyed = bool(state.api_keys)
+    curl = _Curl(document, base=_base_url(request, document), model=model, keyed=keyed)
+    return HTMLResponse(_page(document, curl, keyed=keyed), headers=_HEADERS)
 
 
 def _base_url(request: Request, document: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from embedding_server.api.fingerprint import FINGERPRINT_HEADER
+from embedding_server.api.headers import FINGERPRINT_HEADER
 from embedding_server.api.schemas import (
     EmbeddingsRequest,
     EmbedRequest,
@@ -113,7 +113,7 @@ def _bad_request() -> dict[str, Any]:
     return {"description": ERROR_REASONS[400], "content": content}
 
 
-def use_own_openapi(app: FastAPI, *, prefix: str = "") -> None:
+def use_own_openapi(app: FastAPI, settings: Settings, *, prefix: str = "") -> None:
     """Let ``app`` serve a document that is true of what the routes really take and answer.
 
     A proxy in front shows them under ``prefix``.
@@ -121,7 +121,7 @@ def use_own_openapi(app: FastAPI, *, prefix: str = "") -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app)
+            app.openapi_schema = _document(app, settings)
             if prefix:
                 app.openapi_schema["servers"] = [{"url": prefix}]
         return app.openapi_schema
@@ -129,7 +129,7 @@ def use_own_openapi(app: FastAPI, *, prefix: str = "") -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, settings: Settings) -> dict[str, Any]:
     document = get_openapi(
         title=app.title,
         version=app.version,
@@ -141,7 +141,6 @@ def _document(app: FastAPI) -> dict[str, Any]:
         schemas.pop(name, None)
     for schema in (EmbeddingsRequest, OpenAIEmbeddingsRequest):
         schemas[schema.__name__] = schema.model_json_schema()
-    settings: Settings = app.state.settings
     keyed = bool(settings.api_key or settings.api_key_file)
     public = ("/health", "/metrics") if settings.metrics_public else ("/health",)
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

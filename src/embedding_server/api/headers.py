@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Reads the header fields of a request that may be there once: the one place with that rule.
+"""Reads the headers of a request that it may have only once: the one place with that rule.
 
-Of two such fields a proxy in front may heed the other one. Headers that may be repeated are lists,
+A proxy in front may use the other one of two such headers. Headers that may be repeated are lists,
 or are read where they are parsed: Host and the length of a body (the servers), Authorization (the
-keys), and traceparent, of which W3C's Trace Context ignores two.
+keys), and traceparent, which W3C's Trace Context ignores if it is repeated.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from starlette.types import Scope
 
 from embedding_server.errors import InvalidRequest
 
-__all__ = ["single_header"]
+__all__ = ["FINGERPRINT_HEADER", "single_header"]
+
+FINGERPRINT_HEADER = "x-embedding-fingerprint"
+"""In a request: of the model that made the client's stored vectors; in an answer: of this one."""
 
 _KEY = "embedding_server.headers"
 
 
 def single_header(scope: Scope, name: bytes) -> bytes | None:
-    """The value of the header ``name``, in small letters; None if it is not there.
-
-    Raises InvalidRequest, which names it, if it is there more than once.
-    """
+    """The value of ``name``, in small letters, or None; raises InvalidRequest for two of it."""
     headers: dict[bytes, bytes] | None = scope.get(_KEY)
     if headers is None:
         scope[_KEY] = headers = dict(scope["headers"])

@@ -7,9 +7,8 @@ from fastapi import APIRouter, Request, Response
 
 from embedding_server.api.documentation import errors
 from embedding_server.api.schemas import ServerStatus
+from embedding_server.api.state import state_of
 from embedding_server.errors import InferenceTimedOut, NotReady
-from embedding_server.models.registry import Registry
-from embedding_server.telemetry import Telemetry
 
 __all__ = ["router"]
 
@@ -24,7 +23,7 @@ router = APIRouter(tags=["operations"])
 )
 async def live(request: Request) -> ServerStatus:
     """Whether the process answers, no batch hangs and no engine died; never waits on inference."""
-    registry: Registry = request.app.state.registry
+    registry = state_of(request).registry
     if registry.hung:
         raise InferenceTimedOut(
             f"A batch of {' and '.join(registry.hung)} has taken longer than --inference-timeout "
@@ -42,23 +41,10 @@ async def live(request: Request) -> ServerStatus:
 @router.get("/health", summary="Is it ready?", responses=errors(503), operation_id="health")
 async def ready(request: Request) -> ServerStatus:
     """Whether every model can be used now."""
-    problem = _problem(request)
-    if problem:
-        raise NotReady(f"Not ready: {problem}.")
-    registry: Registry = request.app.state.registry
-    return ServerStatus(status="ready", models=registry.status())
-
-
-def _problem(request: Request) -> str:
-    """Why the server is not ready; empty if it is."""
-    registry: Registry = request.app.state.registry
-    if request.app.state.draining:
-        return "the server is draining, and will end"
-    if request.app.state.siblings:
-        return str(request.app.state.siblings)
-    if not registry.ready:
-        return ", ".join(f"{name} is {state}" for name, state in registry.status().items())
-    return ""
+    state = state_of(request)
+    if state.problem:
+        raise NotReady(f"Not ready: {state.problem}.")
+    return ServerStatus(status="ready", models=state.registry.status())
 
 
 @router.get(
@@ -69,7 +55,7 @@ def _problem(request: Request) -> str:
 )
 async def metrics(request: Request) -> Response:
     """Everything that is measured, in Prometheus' text format."""
-    telemetry: Telemetry = request.app.state.telemetry
-    telemetry.ready.set(not _problem(request))
-    content, media_type = telemetry.exposition()
+    state = state_of(request)
+    state.telemetry.ready.set(not state.problem)
+    content, media_type = state.telemetry.exposition()
     return Response(content, headers={"content-type": media_type})

@@ -7,8 +7,8 @@ from fastapi import APIRouter, Request
 
 from embedding_server.api.documentation import errors
 from embedding_server.api.schemas import ModelDetails, ModelNames, OpenAIModel, OpenAIModels
+from embedding_server.api.state import state_of
 from embedding_server.engine.info import ModelInfo
-from embedding_server.models.registry import Registry
 
 __all__ = ["router"]
 
@@ -18,14 +18,14 @@ router = APIRouter(tags=["models"])
 @router.get("/v1/models", summary="List the served models", responses=errors(401, 503))
 async def models(request: Request) -> ModelNames:
     """The names of the served models."""
-    registry: Registry = request.app.state.registry
+    registry = state_of(request).registry
     return ModelNames(data=[engine.info.name for engine in registry], object="list")
 
 
 @router.get("/v1/models/{name:path}", summary="Show one model", responses=errors(401, 404, 503))
 async def model(request: Request, name: str) -> ModelDetails:
     """What one served model is."""
-    info = request.app.state.registry[name].info
+    info = state_of(request).registry[name].info
     return ModelDetails(
         **_openai(info, name).model_dump(),
         dims=info.dims,
@@ -47,7 +47,7 @@ async def model(request: Request, name: str) -> ModelDetails:
 )
 async def openai_models(request: Request) -> OpenAIModels:
     """The served models, as OpenAI lists its own."""
-    registry: Registry = request.app.state.registry
+    registry = state_of(request).registry
     return OpenAIModels(
         data=[_openai(engine.info, engine.info.name) for engine in registry], object="list"
     )
@@ -60,7 +60,7 @@ async def openai_models(request: Request) -> OpenAIModels:
 )
 async def openai_model(request: Request, name: str) -> OpenAIModel:
     """One served model, as OpenAI shows its own."""
-    return _openai(request.app.state.registry[name].info, name)
+    return _openai(state_of(request).registry[name].info, name)
 
 
 def _openai(info: ModelInfo, name: str) -> OpenAIModel:

@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic.json_schema import WithJsonSchema
 
 from embedding_server.engine.parameters import EmbedParams, ParameterRow, parameter_rows
@@ -31,10 +28,20 @@ __all__ = [
     "OpenAIModels",
     "ServerStatus",
     "Usage",
-    "parse",
+    "json_type",
 ]
 
 Inputs = list[str] | list[list[int]]
+
+_JSON_TYPES = {
+    str: "a string", int: "a whole number", float: "a number", bool: "a boolean",
+    list: "a list", dict: "an object", type(None): "null",
+}  # fmt: skip
+
+
+def json_type(value: object) -> str:
+    """The name of the JSON type of ``value``, with its article."""
+    return _JSON_TYPES[type(value)]
 
 
 def _inputs(value: object) -> Inputs:
@@ -50,16 +57,15 @@ def _inputs(value: object) -> Inputs:
     if not value:
         raise InvalidRequest("'input' is an empty list; send at least one text.", param="input")
     kind = type(value[0])
-    if set(map(type, value)) != {kind} or kind not in (str, int, list):
-        for index, item in enumerate(value):
-            if type(item) is kind and kind in (str, int, list):
-                continue
-            raise InvalidRequest(
-                f"is {_json_type(item)}; 'input' may hold strings, or token ids, or lists of token "
-                "ids, and nothing else beside them.",
-                param="input",
-                index=index,
-            )
+    allowed = {kind} & {str, int, list}
+    if set(map(type, value)) != allowed:
+        index = next(place for place, item in enumerate(value) if type(item) not in allowed)
+        raise InvalidRequest(
+            f"is {json_type(value[index])}; 'input' may hold strings, or token ids, or lists of "
+            "token ids, and nothing else beside them.",
+            param="input",
+            index=index,
+        )
     if kind is str:
         return value
     if kind is int:
@@ -72,14 +78,6 @@ def _inputs(value: object) -> Inputs:
                 "must hold token ids (whole numbers) only.", param="input", index=index
             )
     return value
-
-
-def _json_type(value: object) -> str:
-    names = {
-        str: "a string", int: "a whole number", float: "a number", bool: "a boolean",
-        list: "a list", dict: "an object", type(None): "null",
-    }  # fmt: skip
-    return names[type(value)]
 
 
 _INPUT_SCHEMA = {
@@ -261,68 +259,3 @@ class ErrorResponse(_Answer):
     """The one shape of every error."""
 
     error: ErrorDetails
-
-
-_QUOTED = {name: f'"{name}"'.encode() for name in EmbeddingsRequest.model_fields}
-
-# A letter or an underscore spelt with an escape, which nothing that writes JSON does.
-_ESCAPED_LETTER = re.compile(rb"\\u00(?:[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff])")
-
-
-def parse(schema: type[EmbedRequest], body: bytes) -> EmbedRequest:
-    """``body`` as ``schema``; raises InvalidRequest naming the first field at fault."""
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"The body must be a JSON object, not {_json_type(value)}.")
-    if len(value) > len(schema.model_fields):  # a million of them take pydantic seconds, and GBs
-        raise _unknown_field(
-            schema, next(name for name in value if name not in schema.model_fields)
-        )
-    try:
-        request = schema.model_validate(value)
-    except ValidationError as error:
-        raise _explain(schema, error) from None
-    # Cheap, and never more than a suspicion: a text may hold a field's name, or such an escape.
-    twice = any(body.count(_QUOTED[name]) > 1 for name in value)
-    if twice or _ESCAPED_LETTER.search(body):
-        _check_no_field_twice(body)
-    return request
-
-
-def _check_no_field_twice(body: bytes) -> None:
-    """orjson keeps the last of two equal keys, however they are spelt, and drops the first."""
-
-    def unique(pairs: list[tuple[str, object]]) -> None:
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
-                raise InvalidRequest(
-                    f"The field {name!r} is there twice; send it once.", param=name
-                )
-
-    json.loads(body, object_pairs_hook=unique)
-
-
-def _explain(schema: type[EmbedRequest], error: ValidationError) -> InvalidRequest:
-    problems = error.errors(include_url=False, include_context=False)
-    # An unknown field first: it is often what a missing one was meant to be.
-    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    problem = (unknown or problems)[0]
-    field = str(problem["loc"][0])
-    if problem["type"] == "extra_forbidden":
-        return _unknown_field(schema, field)
-    if problem["type"] == "missing":
-        return InvalidRequest(f"The field {field!r} is required.", param=field)
-    return InvalidRequest(f"{field!r}: {problem['msg']}.", param=field)
-
-
-def _unknown_field(schema: type[EmbedRequest], name: str) -> InvalidRequest:
-    field = name[:100]  # it may be as long as the body
-    return InvalidRequest(
-        f"There is no field {field!r} here; there are: {', '.join(schema.model_fields)}.",
-        param=field,
-        code="unknown_field",
-    )

@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastapi import FastAPI
 from ray import exceptions, get_runtime_context, serve
 from ray.serve import exceptions as serve_exceptions
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
@@ -25,10 +24,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from embedding_server.api.body import Bodies, Body
 from embedding_server.api.cors import Cors
-from embedding_server.api.deadline import DEADLINE_HEADER, deadline_exceeded, seconds_given
 from embedding_server.api.embeddings import DIRECT
 from embedding_server.api.errors import error_answer
 from embedding_server.api.keys import ApiKeys
+from embedding_server.api.lifetime import DEADLINE_HEADER, deadline_exceeded, seconds_given
 from embedding_server.api.middleware import RequestMiddleware
 from embedding_server.api.record import record_of
 from embedding_server.api.routes import prefix_of, route_of
@@ -36,7 +35,6 @@ from embedding_server.app import create_app
 from embedding_server.errors import EmbeddingServerError, NotReady, Overloaded, Unauthenticated
 from embedding_server.logs import set_up_logging
 from embedding_server.models.choice import specs_of
-from embedding_server.models.registry import Registry
 from embedding_server.ray.metrics import Metrics, reporting
 from embedding_server.ray.options import options_of
 from embedding_server.ray.scaling import QUEUED_TOKENS, QueuedTokens
@@ -105,12 +103,12 @@ class Models:
         set_up_logging(settings.log_format, settings.log_level)
         self._end = contextlib.AsyncExitStack()
         loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._app: FastAPI = create_app(
+        self._app = create_app(
             settings,
             on_loaded=lambda: loaded.set_result(None),
             on_load_error=loaded.set_exception,
         )
-        self._telemetry: Telemetry = self._app.state.telemetry
+        self._telemetry = self._app.state.telemetry
         await self._end.enter_async_context(self._app.router.lifespan_context(self._app))
         try:
             await loaded
@@ -125,7 +123,7 @@ class Models:
 
     async def check_health(self) -> None:
         """Ray replaces the replica when this raises."""
-        registry: Registry = self._app.state.registry
+        registry = self._app.state.registry
         self._telemetry.ready.set(registry.ready)
         if not registry.ready:
             raise NotReady(f"The models are {registry.status()}.")
@@ -157,7 +155,7 @@ class Ingress:
         self._keys = ApiKeys(
             (k.get_secret_value() for k in settings.api_key), settings.api_key_file
         )
-        self._bodies = Bodies(max_body_bytes=settings.max_body_bytes, timeout=settings.body_timeout)
+        self._bodies = Bodies(settings)
         self._origins = settings.cors_origin
         self._telemetry = Telemetry()  # of what no replica has seen
         self._end = contextlib.AsyncExitStack()
@@ -197,13 +195,9 @@ class Ingress:
             raise deadline_exceeded(seconds) from None
 
     async def _with_body(self, request: Request, until: float | None) -> Answer:
-        body = Body(self._bodies)
-        try:
-            return await ask_replicas(
-                self._models, _forwarded(request, await body.read(request)), until
-            )
-        finally:
-            body.close()
+        with Body(self._bodies) as body:
+            forwarded = _forwarded(request, await body.read(request))
+            return await ask_replicas(self._models, forwarded, until)
 
     def _check_key(self, request: Request) -> None:
         """Raise Unauthenticated for a request whose body nobody should wait for."""

@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 from embedding_server.app import create_app
 from embedding_server.errors import ConfigurationError
-from embedding_server.models.registry import Registry
 from embedding_server.serving.notify import Notifier
 from embedding_server.serving.servers.base import ServerOptions, server_class
 from embedding_server.serving.servers.tls import ReloadableContext
@@ -77,10 +76,10 @@ class Service:
         _allow_many_connections()
         self._server.run(listener, self._start)
         code = 0
-        if not self.app.state.draining:
+        if not self.app.state.condition.draining:
             logger.critical("the server has ended by itself; the lines above say why")
             code = 1
-        registry: Registry = self.app.state.registry
+        registry = self.app.state.registry
         if registry.loading or registry.stuck:
             # Its thread is in the middle of native code, which the interpreter's end would abort.
             if self._load_error is not None:
@@ -95,7 +94,7 @@ class Service:
     def drain(self) -> None:
         """Turn readiness red, accept no connection any more, finish what is under way and end."""
         self._notifier.stopping()
-        self.app.state.draining = True
+        self.app.state.condition.draining = True
         self._server.stop()
 
     def reload(self) -> None:
@@ -111,7 +110,7 @@ class Service:
 
     def _start(self) -> None:
         mind_signals(drain=self.drain, cut=lambda: None, reload=self.reload)
-        registry: Registry = self.app.state.registry
+        registry = self.app.state.registry
         self._notifier.watch(lambda: not (registry.hung or registry.dead))  # as /health/live
         self._on_start()
 

@@ -23,10 +23,8 @@ from prometheus_client import values
 
 from embedding_server.errors import EmbeddingServerError
 from embedding_server.logs import set_up_logging
-from embedding_server.models.registry import Registry
 from embedding_server.serving.service import Service
 from embedding_server.settings import Settings
-from embedding_server.telemetry import Telemetry
 
 __all__ = ["main"]
 
@@ -67,7 +65,7 @@ class _Worker:
         self.failed = False
         """Whether a task that listens to the supervisor or watches the engines has failed."""
         self._control = control
-        telemetry: Telemetry = self.service.app.state.telemetry
+        telemetry = self.service.app.state.telemetry
         telemetry.runs_in_worker(supervisor=os.getppid(), again=again)
 
     def _start(self) -> None:
@@ -95,7 +93,7 @@ class _Worker:
                     case "reload":
                         self.service.reload()
                     case "siblings":
-                        self.service.app.state.siblings = json.loads(argument)
+                        self.service.app.state.condition.siblings = json.loads(argument)
         except ConnectionError:
             pass  # it was killed
         finally:
@@ -104,7 +102,7 @@ class _Worker:
 
     async def _end_when_broken(self) -> None:
         """To be replaced: a probe would mostly reach a sibling, and find it alive."""
-        registry: Registry = self.service.app.state.registry
+        registry = self.service.app.state.registry
         await registry.until_broken()
         logger.critical("a batch hangs or an engine has died: this worker drains and ends")
         self.service.drain()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Wires settings, models and routes into one ASGI application."""
+"""Builds one ASGI application from settings, models and routes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -16,7 +16,7 @@ from embedding_server import __version__
 from embedding_server.api import embeddings
 from embedding_server.api.body import Bodies
 from embedding_server.api.cors import Cors
-from embedding_server.api.documentation import use_own_openapi
+from embedding_server.api.documentation import errors, openapi_document
 from embedding_server.api.errors import add_error_handlers
 from embedding_server.api.keys import ApiKeys
 from embedding_server.api.middleware import (
@@ -48,14 +48,13 @@ def create_app(
     on_loaded: Callable[[], None] = lambda: None,
     on_load_error: Callable[[Exception], None] | None = None,
 ) -> Application:
-    """The application of ``settings``; its models are loaded while it answers health already.
+    """The application of ``settings``, which loads its models once it is started.
 
-    With ``load_first`` its start is over, and so connections are accepted, when they are loaded.
-    ``on_loaded`` is called when all are loaded; ``on_load_error`` if they can't be served, without
-    which the application stays up and not ready. ``app.state.api_keys.reload()`` reads the file of
-    keys again. Raises ModelUnavailable for a --model that can't be understood, and
-    ConfigurationError for two of the same name, for keys, origins or a prefix that can't work, and
-    for an --otlp-endpoint without its extra.
+    It answers health meanwhile, or with ``load_first`` accepts connections only afterwards.
+    ``on_loaded`` is called when all models are loaded, ``on_load_error`` if they can't be; without
+    it the application keeps running, not ready. Raises ModelUnavailable for an invalid --model, and
+    ConfigurationError for two of the same name, for invalid keys, origins or prefix, and for an
+    --otlp-endpoint without its extra.
     """
     keys = ApiKeys((key.get_secret_value() for key in settings.api_key), settings.api_key_file)
     prefix = prefix_of(settings.root_path)
@@ -99,9 +98,11 @@ def create_app(
         version=__version__,
         description="Text in, sentence embeddings out.",
         lifespan=lifespan,
-        openapi_url=None,  # and so no page that loads its scripts from elsewhere
+        servers=[{"url": prefix}] if prefix else None,
+        responses=errors(400),  # every route refuses two x-request-id
+        openapi_url=None,  # and no page of FastAPI's, which loads scripts from the network
         redirect_slashes=False,
-        # Its own would come beside ours, and it sends them to wherever OTEL_ variables say.
+        # FastAPI's telemetry would duplicate ours, and send it to wherever OTEL_ variables say.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state = State(
@@ -114,7 +115,6 @@ def create_app(
     for router in (*ROUTERS, *heads()):
         app.include_router(router)
     add_error_handlers(app)
-    use_own_openapi(app, settings, prefix=prefix)
     front: ASGIApp = DirectRoutes(app.inner, endpoints=embeddings.DIRECT)
     if keys:
         front = ApiKeyMiddleware(
@@ -122,15 +122,15 @@ def create_app(
         )
     if prefix:
         front = RootPath(front, prefix=prefix)
-    if settings.cors_origin:  # outside of the keys, as a browser asks for leave without one
+    if settings.cors_origin:  # outside of the keys, as a browser's preflight has none
         front = Cors(front, origins=settings.cors_origin)
-    # The outermost: a refused key has a log line and an id, too.
+    # The outermost, so that a request with a refused key has an id and a log line, too.
     app.front = RequestMiddleware(front, telemetry=telemetry, tracing=tracing)
     return app
 
 
 class Application(FastAPI):
-    """FastAPI behind our own middleware: short requests pass through none of its many layers."""
+    """FastAPI behind our middleware, which answers embeddings without FastAPI's router."""
 
     front: ASGIApp
     state: State  # type: ignore[assignment]  # typed, in place of Starlette's open namespace
@@ -139,13 +139,18 @@ class Application(FastAPI):
         scope["app"] = self
         await self.front(scope, receive, send)
 
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = openapi_document(self, self.state.settings)
+        return self.openapi_schema
+
     async def inner(self, scope: Scope, receive: Receive, send: Send) -> None:
         """FastAPI itself."""
         await super().__call__(scope, receive, send)
 
 
 def _tracing(endpoint: str | None) -> Tracing | None:
-    """Traces to ``endpoint``; without one, nothing of OpenTelemetry's SDK is loaded."""
+    """Traces to ``endpoint``; without one OpenTelemetry's SDK is not imported."""
     if endpoint is None:
         return None
     try:

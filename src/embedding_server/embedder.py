@@ -39,9 +39,9 @@ Result = TypeVar("Result")
 class Embedder:
     """One model, ready to embed: ``Embedder("all-MiniLM-L6-v2").embed(["iPhone"])``.
 
-    Takes what ``--model`` takes. Safe to use from several threads, whose texts then share
-    batches. Raises ModelError if the model can't be had or run, and ConfigurationError for an
-    unknown ``backend`` or a ``revision`` that can't apply.
+    ``model`` is a value of ``--model``. Several threads may use one Embedder; their texts then
+    share batches. Raises ModelError if the model is unavailable or can't run, and
+    ConfigurationError for an unknown ``backend`` or a ``revision`` that can't apply.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Embedder:
             hf_token=hf_token,
         )
         self._loop = _LoopThread()
-        # Also when it is forgotten, or the program ends without a close.
+        # Closes it, too, when it is garbage, or when the program ends.
         self._end = weakref.finalize(self, self._loop.close, self._registry.close)
         try:
             self._loop.run(self._registry.load)
@@ -108,12 +108,12 @@ class Embedder:
 
     @property
     def info(self) -> ModelInfo:
-        """What the model is: ``info.dims``, ``info.max_tokens``, ``info.prompts``."""
+        """The model's description: ``info.dims``, ``info.max_tokens``, ``info.prompts``."""
         return self._engine.info
 
     @property
     def folder(self) -> Path:
-        """Where the model's files lie."""
+        """The folder of the model's files."""
         return self._registry.folder(self.info.name)
 
     def embed(
@@ -129,8 +129,8 @@ class Embedder:
     ) -> NDArray[Any]:
         """One vector for each text, float32 [len(inputs), dims], in their order.
 
-        The options are those of ``/v1/embeddings``; texts that had to be cut are told in a log
-        warning. Raises InvalidRequest for inputs or options the model can't take,
+        The options are those of ``EmbedParams``; a warning is logged if texts were truncated.
+        Raises InvalidRequest for inputs or options the model can't take,
         InferenceFailed if it fails on them, NotReady when closed.
         """
         params = EmbedParams(
@@ -153,11 +153,11 @@ class Embedder:
         return answer.vectors
 
     def embed_detailed(self, inputs: Sequence[Input], params: EmbedParams) -> Embeddings:
-        """As ``embed``, with every input's length and whether it was cut."""
+        """As ``embed``, with the length of every input and whether it was truncated."""
         return self._loop.run(self._engine.embed, inputs, params)
 
     def close(self) -> None:
-        """Stop the engine and its threads; what other threads still wait for is NotReady."""
+        """Stop the engine and its threads; pending calls of other threads raise NotReady."""
         self._end()
 
     def __enter__(self) -> Self:
@@ -173,7 +173,7 @@ class Embedder:
 
 
 class _LoopThread:
-    """An event loop in a thread of its own, which also works where one is running already."""
+    """An event loop in a separate thread, as the caller's thread may be running one already."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -185,19 +185,19 @@ class _LoopThread:
         self._thread.start()
 
     def _run_loop(self) -> None:
-        """Until it is stopped: what SystemExit breaks off would leave all that wait, waiting."""
+        """Run the loop until it is stopped; a SystemExit in it must not leave callers waiting."""
         while True:
             try:
                 self._loop.run_forever()
                 return
             except (SystemExit, KeyboardInterrupt):
-                logger.exception("the event loop of an Embedder was broken off, and goes on")
+                logger.exception("the event loop of an Embedder was interrupted, and continues")
 
     def run(
         self, work: Callable[P, Coroutine[Any, Any, Result]], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
         """Do ``work`` in the loop; raises NotReady when closed."""
-        # Under the lock, so that nothing gets into the loop behind its end, to wait for ever.
+        # With the lock held: work that enters the loop after its end would wait for ever.
         with self._closing:
             if self._closed:
                 raise NotReady("This Embedder is closed.")
@@ -209,7 +209,7 @@ class _LoopThread:
             raise
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do ``last``, wait for what is under way, and end the threads."""
+        """Run ``last``, wait for pending work, and end the threads."""
         with self._closing:
             self._closed = True
         if threading.current_thread() is self._thread:  # collected as garbage, in the loop itself

@@ -161,6 +161,6 @@ def test_headers_are_read_in_one_place() -> None:
     assert found == {
         "docs_page: request.headers",  # Host, of which the servers take one
         "headers: scope['headers']",
-        "middleware: scope['headers']",  # Authorization
+        "keys: scope['headers']",  # Authorization
         "tracing: scope['headers']",
     }

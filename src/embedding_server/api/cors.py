@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""For pages in browsers: which origins may send requests and read the answers (CORS)."""
+"""Which pages in browsers may send requests and read the answers (CORS)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
 class Cors(CORSMiddleware):
-    """Starlette's, of ``origins`` as browsers send them, or * for all.
-
-    Raises ConfigurationError for what is no origin.
-    """
+    """Starlette's middleware for ``origins``; * means all. Raises ConfigurationError for others."""
 
     def __init__(self, app: ASGIApp, *, origins: Sequence[str]) -> None:
         for origin in origins:
@@ -36,8 +33,8 @@ class Cors(CORSMiddleware):
             app,
             allow_origins=origins,
             allow_methods=("GET", "HEAD", "POST"),
-            # Any: Authorization, Content-Type and ours, but OpenAI's client sends a dozen of its
-            # own, too. What a page may do depends on its key, never on a cookie.
+            # OpenAI's client adds a dozen headers. A page has the rights of its key, never those of
+            # a cookie, so that any header is safe.
             allow_headers=("*",),
             expose_headers=(
                 "x-request-id",
@@ -68,8 +65,8 @@ class Cors(CORSMiddleware):
         }
         return ErrorAnswer(
             400,
-            "This request is not possible from a page of this origin: --cors-origin tells the "
-            "server which are, and GET, HEAD and POST are what they may send.",
+            "A page of this origin may not send this request: --cors-origin lists the allowed "
+            "origins, and the allowed methods are GET, HEAD and POST.",
             "invalid_request_error",
             headers=kept,
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The OpenAPI document: as it is, and as a page that loads nothing from anywhere."""
+"""The OpenAPI document: as JSON, and as a page that loads nothing else."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _PAGE = Template(files(__package__).joinpath("docs.html").read_text(encoding="ut
 _STYLE = files(__package__).joinpath("docs.css").read_text(encoding="utf-8")
 _STYLE_DIGEST = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 _HEADERS = {
-    # Nothing is loaded or run, whatever gets into the page.
+    # A browser loads and runs nothing, even if the page were to contain it.
     "content-security-policy": f"default-src 'none'; style-src 'sha256-{_STYLE_DIGEST}'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "referrer-policy": "no-referrer",
 }
 
-# What a Host header may put into a shell command.
+# Host headers that are safe in a shell command.
 _HOST = re.compile(r"[A-Za-z0-9._-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
 
-# No coroutines: they are slow, and so belong into threads.
+# No coroutines: these routes take long, so that FastAPI runs them in threads.
 
 
 @router.get("/openapi.json")
@@ -50,7 +50,7 @@ def openapi(request: Request) -> Response:
 
 @router.get("/docs")
 def docs(request: Request) -> Response:
-    """The page, with examples that work as they are on the server that is asked."""
+    """The page, with commands that work as they are on this server."""
     state = state_of(request)
     document = request.app.openapi()
     model = next(iter(state.registry.status()))
@@ -232,5 +232,5 @@ def _title(word: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """``text`` with what stands in backticks as code."""
+    """``text`` as HTML, with the parts in backticks as code."""
     return re.sub(r"`+([^`]+)`+", r"<code>\1</code>", escape(text, quote=False))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What OpenAPI can't read off the routes: request bodies, headers and the errors of each."""
+"""The parts of the OpenAPI document that FastAPI can't derive: bodies, headers and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from embedding_server.api.schemas import (
 )
 from embedding_server.settings import Settings
 
-__all__ = ["ERROR_REASONS", "errors", "json_body", "use_own_openapi"]
+__all__ = ["ERROR_REASONS", "errors", "json_body", "openapi_document"]
 
 ERROR_REASONS = {
     400: "The request can't be served as it is: the message says which field or header and why.",
@@ -58,33 +58,38 @@ _REQUEST_ID = {
     }
 }
 
-_CLIENT_REQUEST_ID = {
-    "name": "x-request-id",
-    "in": "header",
-    "required": False,
-    "description": "an id of the client's own, up to 128 printable ASCII characters; "
-    "the answer and the log carry it",
-    "schema": {"type": "string"},
-}
+
+def _header(name: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """An optional header of a request, as a parameter."""
+    return {
+        "name": name,
+        "in": "header",
+        "required": False,
+        "description": description,
+        "schema": schema,
+    }
 
 
-_REQUEST_TIMEOUT = {
-    "name": "x-request-timeout",
-    "in": "header",
-    "required": False,
-    "description": "seconds that the client will wait, as 2.5; past them the answer is a 504, and "
-    "what still waits of the request is not computed",
-    "schema": {"type": "number", "exclusiveMinimum": 0},
-}
+_CLIENT_REQUEST_ID = _header(
+    "x-request-id",
+    "an id for the request, up to 128 printable ASCII characters; it is in the answer and the log",
+    {"type": "string"},
+)
 
-_FINGERPRINT = {
-    "name": FINGERPRINT_HEADER,
-    "in": "header",
-    "required": False,
-    "description": "the fingerprint of the model that made the stored vectors; the answer is a 409 "
-    "if the served model has another one. Token ids are then taken on every route.",
-    "schema": {"type": "string"},
-}
+_EMBEDDINGS_HEADERS = [
+    _header(
+        "x-request-timeout",
+        "seconds that the client will wait, as 2.5; past them the answer is a 504, and the rest of "
+        "the request is not computed",
+        {"type": "number", "exclusiveMinimum": 0},
+    ),
+    _header(
+        FINGERPRINT_HEADER,
+        "the fingerprint of the model that made the stored vectors; the answer is a 409 if the "
+        "served model has another one. Token ids are then taken on every route.",
+        {"type": "string"},
+    ),
+]
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -100,43 +105,22 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def json_body(schema: type[EmbedRequest]) -> dict[str, Any]:
-    """``openapi_extra`` of a route that reads ``schema`` and its own headers by itself."""
+    """``openapi_extra`` of an embeddings route, which parses ``schema`` without FastAPI."""
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
     body = {"required": True, "content": content}
-    return {"requestBody": body, "parameters": [_REQUEST_TIMEOUT, _FINGERPRINT]}
+    return {"requestBody": body, "parameters": _EMBEDDINGS_HEADERS}
 
 
-def _bad_request() -> dict[str, Any]:
-    """What FastAPI makes of ``errors(400)``."""
-    schema = {"$ref": f"#/components/schemas/{ErrorResponse.__name__}"}
-    content = {"application/json": {"schema": schema}}
-    return {"description": ERROR_REASONS[400], "content": content}
-
-
-def use_own_openapi(app: FastAPI, settings: Settings, *, prefix: str = "") -> None:
-    """Let ``app`` serve a document that is true of what the routes really take and answer.
-
-    A proxy in front shows them under ``prefix``.
-    """
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            app.openapi_schema = _document(app, settings)
-            if prefix:
-                app.openapi_schema["servers"] = [{"url": prefix}]
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _document(app: FastAPI, settings: Settings) -> dict[str, Any]:
+def openapi_document(app: FastAPI, settings: Settings) -> dict[str, Any]:
+    """FastAPI's document of ``app``, corrected to all that the routes accept and answer."""
     document = get_openapi(
         title=app.title,
         version=app.version,
         description=app.description,
         routes=app.routes,
+        servers=app.servers,
     )
-    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     for schema in (EmbeddingsRequest, OpenAIEmbeddingsRequest):
@@ -147,8 +131,7 @@ def _document(app: FastAPI, settings: Settings) -> dict[str, Any]:
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["parameters"] = [*operation.get("parameters", ()), _CLIENT_REQUEST_ID]
-            # Every route reads x-request-id, and refuses two.
-            responses = {"400": _bad_request(), **operation["responses"]}
+            responses = operation["responses"]
             # Path parameters are any string, so FastAPI's own 422 can't happen.
             responses.pop("422", None)
             if path.startswith(public):

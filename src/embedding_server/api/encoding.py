@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Vectors to the bytes of an answer."""
+"""From vectors to the JSON of an answer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ def encode_embeddings(
 ) -> bytes:
     """The JSON answer to ``/embeddings``; with ``openai`` only OpenAI's own fields.
 
-    Each vector is serialised by itself, so that on a large answer other threads get the
-    interpreter in between.
+    Each vector is serialized separately, so that other threads run in between on a large answer.
     """
     values = np.ascontiguousarray(embeddings.vectors)
     if values.dtype == np.float32:

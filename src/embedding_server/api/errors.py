@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Exceptions to HTTP: the one table of statuses and the one shape of an error."""
+"""From exceptions to HTTP: the table of statuses, and the shape of every error."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ ERROR_STATUS: Mapping[type[EmbeddingServerError], tuple[int, str]] = {
     ModelNotSupported: (503, "service_unavailable"),
     DeadlineExceeded: (504, "timeout_error"),
 }
-"""Status and ``type`` of every exception of ours."""
+"""The status and the JSON ``type`` of every exception of this package."""
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -70,7 +70,7 @@ _DEFAULT_CODES = {429: "overloaded", 500: "internal_error", 503: "not_ready"}
 
 
 class ErrorAnswer(Response):
-    """The one shape of an error; being sent, it leaves its code in the request's record."""
+    """An error as JSON; when it is sent, its code goes into the request's record."""
 
     media_type = "application/json"
 
@@ -95,7 +95,7 @@ class ErrorAnswer(Response):
 
 
 def error_answer(error: EmbeddingServerError) -> ErrorAnswer:
-    """The answer that tells ``error``."""
+    """The answer to a request that failed with ``error``."""
     status, kind = ERROR_STATUS[type(error)]
     headers = {}
     if isinstance(error, Overloaded):
@@ -109,7 +109,7 @@ def error_answer(error: EmbeddingServerError) -> ErrorAnswer:
 
 
 def fault_answer(scope: Scope, error: Exception) -> ErrorAnswer:
-    """The answer to what nobody foresaw; the log says more, once, and before the client knows."""
+    """The answer to an unexpected exception, which is logged once, before that is sent."""
     record = record_of(scope)
     if record.fault is not error:
         record.fault = error
@@ -118,7 +118,7 @@ def fault_answer(scope: Scope, error: Exception) -> ErrorAnswer:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer every exception that a route raises in the one shape."""
+    """Answer every exception of a route with an ``ErrorAnswer``."""
 
     @app.exception_handler(EmbeddingServerError)
     async def ours(request: Request, error: EmbeddingServerError) -> Response:
@@ -126,7 +126,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: Exception) -> None:
-        """Nobody is there to be answered."""
+        """No client is left to answer."""
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Response:
@@ -150,10 +150,10 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _allowed_methods(request: Request) -> list[str]:
-    """What all routes at the request's path take; Starlette's own answer tells the first's."""
+    """The methods of all routes at the request's path; Starlette names those of the first only."""
 
-    def taken(method: str) -> bool:
+    def is_allowed(method: str) -> bool:
         scope = {**request.scope, "method": method}
         return any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes)
 
-    return [method for method in _METHODS if taken(method)]
+    return [method for method in _METHODS if is_allowed(method)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""For those who operate the server: health and metrics."""
+"""Health and metrics, for operators."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def ready(request: Request) -> ServerStatus:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **errors(401)},
 )
 async def metrics(request: Request) -> Response:
-    """Everything that is measured, in Prometheus' text format."""
+    """All metrics in Prometheus' text format."""
     state = state_of(request)
     state.telemetry.ready.set(not state.problem)
     content, media_type = state.telemetry.exposition()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The API keys: from the settings, and from a file that can be read again while serving."""
+"""The API keys: from the settings, and from a file that can be reloaded while serving."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-from embedding_server.errors import ConfigurationError
+from starlette.types import Scope
+
+from embedding_server.errors import ConfigurationError, Unauthenticated
 
 __all__ = ["ApiKeys"]
 
 logger = logging.getLogger(__name__)
 
-# Clients encode other characters each in its own way, and a blank ends the key for some of them.
+# Clients encode other characters differently, and for some of them a blank ends the key.
 _KEY = re.compile(r"[\x21-\x7e]+")
 
 _MAX_FILE_BYTES = 2**20
@@ -27,11 +29,11 @@ _HOW = "send it as 'Authorization: Bearer KEY'."
 
 
 class ApiKeys:
-    """Digests of the keys that let a request in: those of ``given``, and those in ``file``.
+    """Digests of the accepted keys: those in ``given``, and those in ``file``.
 
-    The file has one key a line; blank lines and those that begin with # are none. Raises
-    ConfigurationError, which tells no key, for a file that can't be read or holds none, and for a
-    key that no header can carry.
+    The file has one key a line; blank lines and lines that begin with # are skipped. Raises
+    ConfigurationError, which never contains a key, for a file that can't be read or has no key, and
+    for a key that no header can carry.
     """
 
     def __init__(self, given: Iterable[str] = (), file: Path | None = None) -> None:
@@ -42,12 +44,11 @@ class ApiKeys:
             logger.info("requests need an API key (%d known)", len(self._digests))
 
     def __bool__(self) -> bool:
-        """Whether a key is needed at all; it stays so."""
+        """Whether requests need a key; a reload never changes it."""
         return bool(self._digests)
 
     def reload(self) -> None:
-        """Read the file again, and go on with the former keys, and an error in the log, if it
-        can't be used."""
+        """Read the file again; if that fails, log an error and keep the former keys."""
         if self._file is None:
             return
         try:
@@ -57,27 +58,31 @@ class ApiKeys:
         else:
             logger.info("API keys are read again (%d known)", len(self._digests))
 
-    def problem(self, headers: Sequence[bytes]) -> str | None:
-        """What is wrong with a request of these Authorization ``headers``; None lets it in."""
+    def check(self, scope: Scope) -> None:
+        """Raise Unauthenticated for a request without a valid key, if keys are needed."""
+        if not self._digests:
+            return
+        headers = [bytes(value) for name, value in scope["headers"] if name == b"authorization"]
         if len(headers) > 1:
-            return f"There are {len(headers)} Authorization headers, and must be one: {_HOW}"
+            raise Unauthenticated(
+                f"There are {len(headers)} Authorization headers, and must be one: {_HOW}"
+            )
         scheme, _, key = (headers[0] if headers else b"").partition(b" ")
         key = key.strip(b" ")
         if not key:
-            return f"The API key is missing: {_HOW}"
+            raise Unauthenticated(f"The API key is missing: {_HOW}")
         digest = hashlib.sha256(key).digest()
-        # All are compared, and each in the same time for every guess.
+        # Every key is compared, in constant time, so that the time reveals nothing about them.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() == b"bearer" and any(matches):
-            return None
-        return f"The API key is not valid: {_HOW}"
+        if scheme.lower() != b"bearer" or not any(matches):
+            raise Unauthenticated(f"The API key is not valid: {_HOW}")
 
 
 def _digest_of(key: str, where: str) -> bytes:
     if not _KEY.fullmatch(key):
         raise ConfigurationError(
-            f"{where}: a key must be of printable ASCII characters without blanks, as others don't "
-            "reach the server the same from every client."
+            f"{where}: a key must be of printable ASCII characters without blanks, as clients send "
+            "other characters in different ways."
         )
     return hashlib.sha256(key.encode("ascii")).digest()
 
@@ -105,7 +110,7 @@ def _read(file: Path) -> list[bytes]:
     ]
     if not keys:
         raise ConfigurationError(
-            f"{where} holds no key: write one a line, or leave the setting out to let everyone in."
+            f"{where} holds no key: write one a line, or leave the setting out to accept everyone."
         )
     if mode & stat.S_IROTH:
         logger.warning(

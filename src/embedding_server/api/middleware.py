@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Around every request: its id, its key, its log line, its metrics, and the last-resort 500."""
+"""Around every request: its id, its key, its log line, its metrics, and the answer to a fault."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ __all__ = ["ApiKeyMiddleware", "DirectRoutes", "Endpoint", "RequestMiddleware", 
 
 logger = logging.getLogger(__name__)
 
-# What a client may choose as its id stands in logs and headers: printable, and not endless.
+# A client's id is copied to logs and headers: printable, and of limited length.
 _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
-# Browsers take every answer for what its content type says, and for nothing else.
+# Browsers must not guess another content type than the answer's.
 _NOSNIFF = (b"x-content-type-options", b"nosniff")
 
 _QUIET = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 
 
 class RequestMiddleware:
-    """Gives every HTTP request a record, told in a log line, the metrics and a trace if wanted."""
+    """Gives every HTTP request a record, and reports it in the log, the metrics and a trace."""
 
     def __init__(
         self, app: ASGIApp, *, telemetry: Telemetry, tracing: Tracing | None = None
@@ -82,8 +82,8 @@ class RequestMiddleware:
             pass
         except asyncio.CancelledError:  # by the server, whose time to drain is over
             if status is None:
-                told = NotReady("The server has to end, and cuts requests under way. Try again.")
-                await error_answer(told)(scope, receive, send_with_id)
+                shutdown = NotReady("The server is shutting down and ends its requests. Try again.")
+                await error_answer(shutdown)(scope, receive, send_with_id)
         except Exception as error:
             answer = fault_answer(scope, error)
             if status is None:
@@ -103,10 +103,10 @@ class RequestMiddleware:
         if self._tracing is not None and route not in _QUIET:
             trace_id = self._tracing.request_finished(scope, record, route=route, status=status)
         level = logging.INFO
-        if status == 500:  # at --log-level error, too, its id must be found
+        if status == 500:  # its id must be in the log at --log-level error, too
             level = logging.ERROR
         elif route in _QUIET and status < 400:
-            # Probes and scrapes come every few seconds, and nobody asks for them.
+            # Probes and scrapes come every few seconds, and would fill the log.
             level = logging.DEBUG
         if logger.isEnabledFor(level):
             fields: dict[str, object] = {
@@ -131,9 +131,9 @@ class RequestMiddleware:
 
 
 class ApiKeyMiddleware:
-    """Asks for one of ``keys`` on every route but health, and but metrics if they are public.
+    """Requires one of ``keys`` on every route but health, and metrics unless they are public.
 
-    ``route_of`` tells the route that a path is for, by which refusals are counted.
+    ``route_of`` returns the route of a path; refusals are counted by it.
     """
 
     def __init__(
@@ -153,20 +153,20 @@ class ApiKeyMiddleware:
         if scope["type"] != "http" or self._is_public(scope["path"]):
             await self._app(scope, receive, send)
             return
-        values = [bytes(value) for name, value in scope["headers"] if name == b"authorization"]
-        problem = self._keys.problem(values)
-        if problem is None:
-            await self._app(scope, receive, send)
+        try:
+            self._keys.check(scope)
+        except Unauthenticated as error:
+            record_of(scope).route = self._route_of(scope["path"])
+            await error_answer(error)(scope, receive, send)
             return
-        record_of(scope).route = self._route_of(scope["path"])
-        await error_answer(Unauthenticated(problem))(scope, receive, send)
+        await self._app(scope, receive, send)
 
     def _is_public(self, path: str) -> bool:
         return path in self._public or path.startswith("/health/")
 
 
 class RootPath:
-    """Takes ``prefix`` off every path that has it: a proxy in front may do so itself, or not."""
+    """Removes ``prefix`` from every path that has it; a proxy in front may have done so already."""
 
     def __init__(self, app: ASGIApp, *, prefix: str) -> None:
         self._app = app
@@ -174,7 +174,7 @@ class RootPath:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith(f"{self._prefix}/"):
-            # What stands inside knows its own paths only: the server's root_path stays empty.
+            # The routes know nothing of the prefix, so that the ASGI root_path stays empty.
             scope["path"] = scope["path"][len(self._prefix) :]
         await self._app(scope, receive, send)
 
@@ -185,8 +185,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 class DirectRoutes:
     """Calls ``endpoints`` by method and path, and the application for everything else.
 
-    The routes stand in the application, too, for its documentation; going through its router
-    would take longer than all that we do to a short request.
+    The same routes are in the application, for its documentation.
     """
 
     def __init__(self, app: ASGIApp, *, endpoints: Mapping[tuple[str, str], Endpoint]) -> None:
@@ -207,7 +206,7 @@ class DirectRoutes:
             response = error_answer(error)
         except ClientDisconnect:
             raise
-        except Exception as error:  # here, so that what stands around adds its headers, too
+        except Exception as error:  # answered here, inside the middleware that adds headers
             response = fault_answer(scope, error)
         await response(scope, receive, send)
 

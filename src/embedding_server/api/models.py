@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What is served: ``/v1/models``, and the same in OpenAI's shape."""
+"""The served models: ``/v1/models``, and the same in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def models(request: Request) -> ModelNames:
 
 @router.get("/v1/models/{name:path}", summary="Show one model", responses=errors(401, 404, 503))
 async def model(request: Request, name: str) -> ModelDetails:
-    """What one served model is."""
+    """The details of one served model."""
     info = state_of(request).registry[name].info
     return ModelDetails(
         **_openai(info, name).model_dump(),

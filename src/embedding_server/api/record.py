@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What is known of one request: filled in on its way, told in its log line and its metrics."""
+"""The record of one request, for its log line, its metrics and its trace."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _KEY = "embedding_server.record"
 
 @dataclass(slots=True)
 class RequestRecord:
-    """Numbers and names only: never a text, and no model name that isn't served."""
+    """Numbers and names only: never a text, and only names of served models."""
 
     id: str
     route: str = "unmatched"
-    """The path's template; of a path that no route takes, nothing is told."""
+    """The path's template; a path that no route takes is not recorded."""
     model: str = ""
     inputs: int = 0
     tokens: int = 0
     truncated: int = 0
     error_code: str | None = None
     fault: Exception | None = None
-    """What nobody foresaw, once it is logged."""
+    """The unexpected exception that ended it, once it is logged."""
     stages: Stages | None = None
-    """Of a request that is traced."""
+    """When it reached each stage; only of a request that is traced."""
 
     def attach(self, scope: Scope) -> None:
         """Make ``record_of(scope)`` give this record."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""All routes, and where they are."""
+"""All routes, and the prefix that they may have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUTERS = (embeddings.router, models.router, health.router, docs_page.router)
 
 
 def heads() -> Iterator[APIRouter]:
-    """HEAD for what has GET, but for embeddings: servers leave out the body, and probes ask so."""
+    """HEAD routes, as probes send, for all GET routes but embeddings; servers drop the body."""
     return (_heads_of(router) for router in ROUTERS if router is not embeddings.router)
 
 
@@ -57,7 +57,7 @@ def prefix_of(root_path: str) -> str:
     for route in _routes(ROUTERS):
         if f"{route.path}/".startswith(f"{prefix}/") and prefix:
             raise ConfigurationError(
-                f"--root-path {prefix} is the beginning of {route.path}, a path of the server's "
-                "own: a proxy that passes such paths on as they are needs no --root-path."
+                f"--root-path {prefix} is the beginning of {route.path}, a path of this server: a "
+                "proxy that passes such paths on unchanged needs no --root-path."
             )
     return prefix

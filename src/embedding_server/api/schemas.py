@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What goes in and out over HTTP: requests are checked here, answers documented."""
+"""The JSON objects of the API: requests are validated by these, answers documented."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def json_type(value: object) -> str:
 
 
 def _inputs(value: object) -> Inputs:
-    """One form for the four that ``input`` may have; raises InvalidRequest."""
+    """``input``, in one of its four forms, as a list of inputs; raises InvalidRequest."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
@@ -226,7 +226,7 @@ class OpenAIModels(_Answer):
 
 
 class ModelDetails(OpenAIModel):
-    """All there is to know of a served model."""
+    """Everything about a served model."""
 
     dims: int = Field(description="length of a full vector")
     max_tokens: int = Field(description="longest input that isn't cut")
@@ -247,7 +247,7 @@ class ServerStatus(_Answer):
 
 
 class ErrorDetails(_Answer):
-    """What went wrong, for people and for programs."""
+    """An error, for people and for programs."""
 
     message: str
     type: str

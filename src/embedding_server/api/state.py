@@ -18,11 +18,11 @@ __all__ = ["Condition", "State", "state_of"]
 
 @dataclass(slots=True)
 class Condition:
-    """What the process that serves the application reports about itself."""
+    """The condition of the processes that serve the application, as they report it."""
 
     draining: bool = False
     siblings: str = ""
-    """What is wrong with other processes of this server; empty if nothing is."""
+    """Why other processes of this server are not ready; empty if they are."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Every span of OpenTelemetry, named in one place: one a request, its stages below it.
+"""The OpenTelemetry spans of a request: one for all of it, and one for each of its stages.
 
-Spans are made when a request is finished, from numbers that were written down on its way. They
-hold route templates, served models and counts: of what a client writes, its x-request-id and its
-trace context alone.
+They are made when the request is finished, from the times in its record. They contain route
+templates, served models and counts; of the client's data only x-request-id and the trace context.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ __all__ = ["Tracing"]
 
 logger = logging.getLogger(__name__)
 
-# What the end of the process waits for the last spans to be taken.
+# How long the end of the process waits for the last spans to be sent.
 _FLUSH_SECONDS = 3.0
 
-# A collector that is away is worth a line now and then.
+# While a collector is unavailable, each OpenTelemetry module logs one line in this time.
 _WARNING_SECONDS = 60.0
 
 _PATH = "/v1/traces"
 
-# A client may make up others; they are told as the semantic conventions have it.
+# The semantic conventions call any other method "_OTHER", as a client may invent some.
 _METHODS = frozenset(
     ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE", "QUERY")
 )
@@ -48,11 +47,11 @@ _Attributes = dict[str, str | int]
 
 
 class Tracing:
-    """Makes spans and sends them to a collector, in a thread of its own.
+    """Makes spans, and sends them to a collector from a separate thread.
 
-    ``endpoint`` is the collector's URL as OTEL_EXPORTER_OTLP_ENDPOINT has it; all other
-    variables of OpenTelemetry's SDK mean what they do there. Nothing of it is global but the
-    log. Raises ConfigurationError for variables that the SDK refuses.
+    ``endpoint`` is the collector's URL, in the form of OTEL_EXPORTER_OTLP_ENDPOINT; the SDK reads
+    all other OTEL_ variables. Only the "opentelemetry" logger is changed for the whole process.
+    Raises ConfigurationError for variables that the SDK refuses.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -60,7 +59,7 @@ class Tracing:
         url = endpoint.rstrip("/").removesuffix(_PATH) + _PATH
         own = {"service.name": "embedding-server", "service.version": __version__}
         try:
-            # The environment goes first.
+            # The environment takes precedence.
             resource = Resource.create({**own, **OTELResourceDetector().detect().attributes})
             self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
             self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(url)))
@@ -71,11 +70,10 @@ class Tracing:
     def request_finished(
         self, scope: Scope, record: RequestRecord, *, route: str, status: int
     ) -> str | None:
-        """Make the spans of a request that has ended just now; its trace's id, in hexadecimal.
+        """Make the spans of a request that has just ended; returns its trace id in hexadecimal.
 
-        The id is None where OTEL_SDK_DISABLED has the SDK make none.
-        They are its caller's, where ``scope`` has a traceparent, and then sampled as it says.
-        ``status`` 499 stands for a client that didn't wait for its answer.
+        The id is None if OTEL_SDK_DISABLED is set. With a traceparent header the spans belong to
+        the caller's trace, and are sampled if that is. ``status`` 499 means a client that hung up.
         """
         assert record.stages is not None
         now, now_ns = time.perf_counter(), time.time_ns()
@@ -106,7 +104,7 @@ class Tracing:
         return format_trace_id(context.trace_id) if context.is_valid else None
 
     def close(self) -> None:
-        """Send the last spans; waits for a few seconds only, as the collector may be gone."""
+        """Send the last spans, for a few seconds at most, as the collector may be unavailable."""
         flushing = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
         flushing.start()
         flushing.join(_FLUSH_SECONDS)
@@ -115,7 +113,7 @@ class Tracing:
 
 
 def _server_attributes(scope: Scope, record: RequestRecord, route: str, status: int) -> _Attributes:
-    """By the semantic conventions for HTTP servers and for GenAI; what is ours has our name."""
+    """Named by the semantic conventions for HTTP servers and GenAI, or with this package's name."""
     method = scope["method"]
     attributes: _Attributes = {
         "http.request.method": method if method in _METHODS else "_OTHER",
@@ -126,7 +124,7 @@ def _server_attributes(scope: Scope, record: RequestRecord, route: str, status: 
     }
     if route != "unmatched":
         attributes["http.route"] = route
-        if "{" not in route:  # else the path has what a client wrote
+        if "{" not in route:  # otherwise the path contains a name that the client chose
             attributes["url.path"] = scope["path"]
     if route.endswith("/embeddings"):
         attributes["gen_ai.operation.name"] = "embeddings"
@@ -141,13 +139,13 @@ def _server_attributes(scope: Scope, record: RequestRecord, route: str, status: 
         attributes["error.type"] = "client_disconnected"
     elif status >= 500 or record.fault is not None:
         attributes["error.type"] = record.error_code or "internal_error"
-    elif record.error_code is not None:  # the client's error, which is none of the server's span
+    elif record.error_code is not None:  # a client's error is no error of the server's span
         attributes["embedding_server.error_code"] = record.error_code
     return attributes
 
 
 def _stages(stages: Stages, now: float) -> Iterator[tuple[str, float, float, _Attributes]]:
-    """``(name, start, end, attributes)`` of each that was reached; none ends after ``now``."""
+    """``(name, start, end, attributes)`` of each stage that was reached; ``now`` ends open ones."""
     if stages.tokenize_start:
         yield "tokenize", stages.tokenize_start, stages.tokenize_end or now, {}
     if stages.queue_start:
@@ -167,7 +165,7 @@ class _Headers(Getter[Iterable[tuple[bytes, bytes]]]):
     def get(self, carrier: Iterable[tuple[bytes, bytes]], key: str) -> list[str] | None:
         name = key.lower().encode("latin-1")
         values = [value.decode("latin-1") for header, value in carrier if header == name]
-        # In one, as HTTP has it: of two traceparents none is taken, and not the first.
+        # Joined, as HTTP defines it: two traceparents are then invalid, and both ignored.
         return [",".join(values)] if values else None
 
     def keys(self, carrier: Iterable[tuple[bytes, bytes]]) -> list[str]:
@@ -178,12 +176,12 @@ _HEADERS = _Headers()
 
 
 class _Relay(logging.Handler):
-    """Brings what OpenTelemetry warns of into our log: of each of its modules a line a minute."""
+    """Copies OpenTelemetry's warnings to our log: one line a minute for each of its modules."""
 
-    # These warn of what a client has sent, and tell it.
+    # Their warnings quote what a client has sent.
     _ABOUT_CLIENTS = ("opentelemetry.trace.", "opentelemetry.baggage.", "opentelemetry.propagators")
 
-    # This tells a malformed header for the collector, and so perhaps a key.
+    # Its warnings quote a malformed header for the collector, which may contain a key.
     _ABOUT_HEADERS = "opentelemetry.util.re"
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -193,7 +191,7 @@ class _Relay(logging.Handler):
 
     @classmethod
     def install(cls) -> None:
-        """Take the place of the log's own way to tell them, once in a process."""
+        """Replace the handlers of OpenTelemetry's logger, once in a process."""
         source = logging.getLogger("opentelemetry")
         source.propagate = False
         if not any(isinstance(handler, cls) for handler in source.handlers):

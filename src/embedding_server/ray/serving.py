@@ -32,7 +32,7 @@ from embedding_server.api.middleware import RequestMiddleware
 from embedding_server.api.record import record_of
 from embedding_server.api.routes import prefix_of, route_of
 from embedding_server.app import create_app
-from embedding_server.errors import EmbeddingServerError, NotReady, Overloaded, Unauthenticated
+from embedding_server.errors import EmbeddingServerError, NotReady, Overloaded
 from embedding_server.logs import set_up_logging
 from embedding_server.models.choice import specs_of
 from embedding_server.ray.metrics import Metrics, reporting
@@ -169,7 +169,7 @@ class Ingress:
         path = request.scope["path"].removeprefix(self._prefix)
         try:
             if (request.method, path) in _WITH_A_BODY:
-                self._check_key(request)
+                self._keys.check(request.scope)  # before anyone waits for its body
                 return _response(await self._within_deadline(request))
             soon = path.startswith("/health") or path == "/metrics"
             async with asyncio.timeout(_HEALTH_SECONDS if soon else None):
@@ -198,12 +198,6 @@ class Ingress:
         with Body(self._bodies) as body:
             forwarded = _forwarded(request, await body.read(request))
             return await ask_replicas(self._models, forwarded, until)
-
-    def _check_key(self, request: Request) -> None:
-        """Raise Unauthenticated for a request whose body nobody should wait for."""
-        headers = [value for name, value in request.scope["headers"] if name == b"authorization"]
-        if self._keys and (problem := self._keys.problem(headers)) is not None:
-            raise Unauthenticated(problem)
 
     def _told(self, error: Exception, path: str) -> Response:
         return _Told(error, route_of(path), self._telemetry, self._origins)

@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 
 WEB = {
-    *("fastapi", "starlette", "pydantic", "pydantic_settings"),
+    *("fastapi", "starlette", "pydantic"),
     *("uvicorn", "httptools", "hypercorn", "h11", "h2"),
 }
 HEAVY = {"torch", "transformers", "sentence_transformers"}
@@ -116,7 +116,7 @@ def test_imports_go_in_no_circle() -> None:
 @pytest.mark.parametrize("name", MODULES, ids=lambda name: name or PACKAGE)
 def test_only_the_http_layer_knows_the_web(name: str) -> None:
     http = place_of(name)[1] in ("api", "app", "serving", "ray")
-    allowed = WEB if http else {"pydantic", "pydantic_settings"} if name == "settings" else set()
+    allowed = WEB if http else {"pydantic"} if name == "settings" else set()
     assert top_level_imports_of(name) & WEB <= allowed
 
 

@@ -124,7 +124,7 @@ def test_a_comma_in_a_flag_is_part_of_the_value() -> None:
     ],
 )
 def test_matryoshka_sizes(rows: Any, expected: dict[str, tuple[int, ...]]) -> None:
-    assert load_settings({"matryoshka": rows}).matryoshka_sizes == expected
+    assert load_settings({"matryoshka": rows}).matryoshka == expected
 
 
 @pytest.mark.parametrize("row", ["a", "a=", "=64", "a=128,64", "a=64,64", "a=0,64", "a=x", "a=-1"])

@@ -90,7 +90,7 @@ class Embedder:
     def from_settings(cls, model: str, settings: Settings) -> Self:
         """The embedder of ``model`` as the command line's ``settings`` want it."""
         name = parse_spec(model, revision=settings.revision).name
-        if unknown := set(settings.matryoshka_sizes) - {name}:
+        if unknown := set(settings.matryoshka) - {name}:
             raise ConfigurationError(
                 f"--matryoshka names {', '.join(unknown)}, but the model is {name}."
             )
@@ -101,7 +101,7 @@ class Embedder:
             onnx_file=settings.onnx_file,
             threads=settings.threads,
             max_batch_tokens=settings.max_batch_tokens,
-            matryoshka=settings.matryoshka_sizes.get(name, ()),
+            matryoshka=settings.matryoshka.get(name, ()),
             load_models_from=settings.load_models_from,
             hf_token=settings.hub_token,
         )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,22 +14,15 @@ from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
-)
-from pydantic.fields import FieldInfo
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
 )
 
 from embedding_server.errors import ConfigurationError
@@ -57,221 +51,187 @@ _LISTEN = ("serve", "health")
 
 
 def _split(value: object) -> object:
-    """Let one string hold several values, separated by commas, as an environment variable must."""
+    """A list from an environment variable: one string, separated by commas."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
 
 
-def _setting(default: Any, help: str, commands: tuple[str, ...], **limits: Any) -> Any:
-    return Field(
-        default, description=help, json_schema_extra={"commands": list(commands)}, **limits
-    )
+def _split_keys(value: object) -> object:
+    """As ``_split``; a string without a key becomes an empty key, which is refused."""
+    return _split(value) or (("",) if isinstance(value, str) else value)
 
 
-def _split_secrets(value: object) -> object:
-    """As ``_split``, but what would open the server to everyone is refused."""
-    if not (secrets := _split(value)) and isinstance(value, str):
+def _check_keys(keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+    if not all(key.get_secret_value() for key in keys):
         raise ValueError("is empty; leave it out to let everyone in")
-    return secrets
+    return keys
 
 
-Strings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_secrets)]
-
-
-def _split_sizes(value: object) -> object:
-    """As ``_split``, for values that hold commas themselves."""
-    return tuple(part.strip() for part in value.split(";")) if isinstance(value, str) else value
-
-
-def _check_sizes(value: tuple[str, ...]) -> tuple[str, ...]:
-    for row in value:
-        name, _, sizes = row.partition("=")
-        numbers = [int(size) if size.strip().isdecimal() else 0 for size in sizes.split(",")]
-        if not name or 0 in numbers or numbers != sorted(set(numbers)):
-            raise ValueError(f"{row!r} must be a name and ascending sizes, as NAME=64,128,256")
-    return value
-
-
-Matryoshka = Annotated[
-    tuple[str, ...], NoDecode, BeforeValidator(_split_sizes), AfterValidator(_check_sizes)
-]
+def _parse_sizes(value: object) -> object:
+    """``["NAME=64,128"]``, or one string separated by semicolons, as sizes by name."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(";")]
+    if not isinstance(value, list | tuple):
+        return value
+    sizes_by_name = {}
+    for text in value:
+        name, _, numbers = str(text).partition("=")
+        sizes = [int(size) if size.strip().isdecimal() else 0 for size in numbers.split(",")]
+        if not name or 0 in sizes or sizes != sorted(set(sizes)):
+            raise ValueError(f"{text!r} must be a name and ascending sizes, as NAME=64,128,256")
+        sizes_by_name[name] = sizes
+    return sizes_by_name
 
 
 def _check_endpoint(value: str) -> str:
     try:
         url = urlsplit(value)
-        whole = url.scheme in ("http", "https") and url.hostname and url.port != 0
-        secret = url.username is not None or url.password is not None
-    except ValueError:  # a port that is none
-        whole, secret = False, False
-    if secret:
+        complete = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        has_password = url.username is not None or url.password is not None
+    except ValueError:  # the port is no number
+        complete, has_password = False, False
+    if has_password:
         raise ValueError("may hold no password; set OTEL_EXPORTER_OTLP_HEADERS for one")
-    if not whole or url.query or url.fragment or any(map(str.isspace, value)):
+    if not complete or url.query or url.fragment or any(map(str.isspace, value)):
         raise ValueError("must be a collector's URL for OTLP over HTTP, as http://localhost:4318")
     return value
 
 
+Strings = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Secrets = Annotated[
+    tuple[SecretStr, ...], BeforeValidator(_split_keys), AfterValidator(_check_keys)
+]
+Sizes = Annotated[dict[str, tuple[int, ...]], BeforeValidator(_parse_sizes)]
 Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
 
 
-class Settings(BaseSettings):
-    """What can be set; see ``docs/settings.md`` for the same as a table."""
+def _row(default: Any, commands: tuple[str, ...], help: str) -> Any:
+    return Field(default, description=help, json_schema_extra={"commands": list(commands)})
 
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX,
-        env_ignore_empty=True,
-        extra="forbid",
-        frozen=True,
-        protected_namespaces=(),
-    )
 
-    host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for every interface", _LISTEN)
-    port: int = _setting(5000, "port to listen on; 0 picks a free one", _LISTEN, ge=0, le=65535)
-    uds: Path | None = _setting(
-        None, "Unix socket to listen on, instead of --host and --port", _LISTEN
+class Settings(BaseModel):
+    """Every setting; ``docs/settings.md`` shows them as a table."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: str = _row("127.0.0.1", _LISTEN, "address to listen on; 0.0.0.0 for every interface")
+    port: Annotated[int, Field(ge=0, le=65535)] = _row(
+        5000, _LISTEN, "port to listen on; 0 picks a free one"
     )
-    workers: int = _setting(
-        1,
-        "processes that share the port, each with the models and its share of the cores; one that "
-        "ends is replaced",
-        _SERVE,
-        ge=1,
-        le=256,
+    uds: Path | None = _row(None, _LISTEN, "Unix socket to listen on, instead of --host and --port")
+    workers: Annotated[int, Field(ge=1, le=256)] = _row(
+        1, _SERVE, "processes that share the port and the cores; one that ends is replaced"
     )
-    server: Literal["uvicorn", "hypercorn"] = _setting(
-        "uvicorn",
-        "what speaks HTTP: uvicorn, or hypercorn: slower, but HTTP/2 too (needs the extra "
-        "[hypercorn])",
-        _SERVE,
+    server: Literal["uvicorn", "hypercorn"] = _row(
+        "uvicorn", _SERVE, "HTTP server; hypercorn (extra [hypercorn]) is slower, and has HTTP/2"
     )
-    model: Strings = _setting(
+    model: Strings = _row(
         (),
-        "a catalog name, a hub id with optional @revision, or a folder; may be repeated; "
-        "without it every catalog model that can be had is served",
         _MODELS,
+        "catalog name, hub id with optional @revision, or folder; may be repeated; by default "
+        "every catalog model that is available is served",
     )
-    served_model_name: Strings = _setting(
-        (), "the name to serve a --model under; repeat it in the order of --model", _SERVE
+    served_model_name: Strings = _row(
+        (), _SERVE, "name to serve a --model under; repeat it in the order of --model"
     )
-    revision: str | None = _setting(
-        None, "commit, tag or branch of the hub repository of the model", _ALL
+    revision: str | None = _row(None, _ALL, "commit, tag or branch of the model's hub repository")
+    load_models_from: Path | None = _row(
+        None, _ALL, "folder whose DIR/<name> is looked in before the cache and the hub"
     )
-    load_models_from: Path | None = _setting(
-        None, "folder whose DIR/<name> is looked in before the cache and the hub", _ALL
+    hf_token: SecretStr | None = _row(
+        None, _ALL, "Hugging Face token for gated or private models (HF_TOKEN works too)"
     )
-    hf_token: SecretStr | None = _setting(
-        None, "Hugging Face token for gated or private models (HF_TOKEN works too)", _ALL
-    )
-    backend: BackendChoice = _setting(
+    backend: BackendChoice = _row(
         "auto",
-        "what computes: onnx (ONNX Runtime), torch (sentence-transformers; needs the extra "
-        "[torch]), or auto: torch on a GPU, onnx for what it runs exactly, else torch",
         _INFERENCE,
+        "onnx (ONNX Runtime), torch (sentence-transformers; needs the extra [torch]), or auto: "
+        "torch on a GPU, onnx for models that it runs exactly, else torch",
     )
-    onnx_file: str | None = _setting(
-        None,
-        "run (or pull) this .onnx file of the model's folder instead of the built graph",
-        (*_INFERENCE, "pull"),
+    onnx_file: str | None = _row(
+        None, (*_INFERENCE, "pull"), "run (or pull) this .onnx file of the model's folder"
     )
-    matryoshka: Matryoshka = _setting(
-        (),
-        "NAME=64,128,256: sizes that 'dimensions' may cut the model's vectors to, for a model "
-        "that was trained for it and doesn't say so; may be repeated (separated by ; in the "
-        "environment)",
+    matryoshka: Sizes = _row(
+        {},
         _INFERENCE,
+        "NAME=64,128,256: sizes that 'dimensions' may cut the model's vectors to, if it was "
+        "trained for them and doesn't say so; may be repeated (separated by ; in the environment)",
     )
-    threads: int | None = _setting(
-        None, "threads for inference; the cores this process may use by default", _INFERENCE, ge=1
+    threads: Count | None = _row(
+        None, _INFERENCE, "threads for inference; by default the cores this process may use"
     )
-    max_batch_tokens: int | None = _setting(
-        None, "tokens computed together in a batch; chosen from the device by default", _INFERENCE,
-        ge=1,
-    )  # fmt: skip
-    max_concurrent_requests: int = _setting(
-        512, "requests for one model at a time; one more is refused with 429", _SERVE, ge=1
+    max_batch_tokens: Count | None = _row(
+        None, _INFERENCE, "tokens computed together in a batch; by default chosen for the device"
     )
-    max_queued_tokens: int = _setting(
-        1_000_000, "tokens waiting for one model; past them requests get 429", _SERVE, ge=1
+    max_concurrent_requests: Count = _row(
+        512, _SERVE, "requests for one model at a time; one more is refused with 429"
     )
-    max_client_batch_size: int = _setting(2048, "inputs in one request", _SERVE, ge=1)
-    max_request_tokens: int = _setting(
-        300_000, "tokens in one request, all its inputs together", _SERVE, ge=1
+    max_queued_tokens: Count = _row(
+        1_000_000, _SERVE, "tokens waiting for one model; past them requests get 429"
     )
-    max_body_bytes: int = _setting(32 * 2**20, "bytes in a request's body", _SERVE, ge=1)
-    inference_timeout: float = _setting(
-        120.0,
-        "seconds that one batch may take; past them its requests get 503 and liveness turns red, "
-        "so that a supervisor restarts the process",
-        _SERVE,
-        gt=0,
+    max_client_batch_size: Count = _row(2048, _SERVE, "inputs in one request")
+    max_request_tokens: Count = _row(
+        300_000, _SERVE, "tokens in one request, all its inputs together"
     )
-    drain_timeout: float = _setting(
-        30.0, "seconds that accepted requests have to finish in after SIGTERM", _SERVE, ge=0
+    max_body_bytes: Count = _row(32 * 2**20, _SERVE, "bytes in a request's body")
+    inference_timeout: Seconds = _row(
+        120.0, _SERVE, "seconds for a batch; past them requests get 503 and liveness fails"
     )
-    header_timeout: float = _setting(
-        10.0,
-        "seconds that a request's header may take to come (under hypercorn --idle-timeout counts)",
-        _SERVE,
-        gt=0,
+    drain_timeout: Annotated[float, Field(ge=0)] = _row(
+        30.0, _SERVE, "seconds for accepted requests to finish after SIGTERM"
     )
-    body_timeout: float = _setting(
-        60.0, "seconds that a request's body may take to come", _SERVE, gt=0
+    header_timeout: Seconds = _row(
+        10.0, _SERVE, "seconds for a request's header to arrive (hypercorn: --idle-timeout counts)"
     )
-    idle_timeout: float = _setting(
+    body_timeout: Seconds = _row(60.0, _SERVE, "seconds for a request's body to arrive")
+    idle_timeout: Seconds = _row(
         75.0,
+        _SERVE,
         "seconds that a connection may be idle, or an answer go unread; longer than a load "
         "balancer in front keeps it",
-        _SERVE,
-        gt=0,
     )
-    api_key: Secrets = _setting(
+    api_key: Secrets = _row(
         (),
-        "key that requests must send as 'Authorization: Bearer KEY'; may be repeated. It doesn't "
-        "stay in the list of processes, but in the shell's history: better --api-key-file",
         _SERVE,
+        "key that requests must send as 'Authorization: Bearer KEY'; may be repeated. It stays in "
+        "the shell's history, though not in the list of processes: better --api-key-file",
     )
-    api_key_file: Path | None = _setting(
-        None, "file of such keys, one a line, # for remarks; read again at SIGHUP", _SERVE
+    api_key_file: Path | None = _row(
+        None, _SERVE, "file of such keys, one a line, # for comments; read again at SIGHUP"
     )
-    openai_token_ids: bool = _setting(
+    openai_token_ids: bool = _row(
         False,
-        "take token ids under /openai/v1, too: they must be the model's, and many clients send "
-        "those of OpenAI's models",
         _SERVE,
+        "accept token ids under /openai/v1 too: they must be the model's, and many clients send "
+        "those of OpenAI's models",
     )
-    metrics_public: bool = _setting(False, "answer /metrics without a key, too", _SERVE)
-    tls_cert: Path | None = _setting(
-        None, "PEM file of a certificate to serve HTTPS with, and its chain; read again at SIGHUP",
-        _LISTEN,
-    )  # fmt: skip
-    tls_key: Path | None = _setting(None, "PEM file of the key of --tls-cert", _SERVE)
-    tls_client_ca: Path | None = _setting(
-        None, "PEM file of the authorities that a client's certificate must be signed by", _SERVE
+    metrics_public: bool = _row(False, _SERVE, "serve /metrics without a key, too")
+    tls_cert: Path | None = _row(
+        None, _LISTEN, "PEM file of the certificate for HTTPS, and its chain; read again at SIGHUP"
     )
-    cors_origin: Strings = _setting(
+    tls_key: Path | None = _row(None, _SERVE, "PEM file of the key of --tls-cert")
+    tls_client_ca: Path | None = _row(
+        None, _SERVE, "PEM file of the authorities that must have signed a client's certificate"
+    )
+    cors_origin: Strings = _row(
         (),
+        _SERVE,
         "origin whose pages may send requests from a browser, as https://app.example.com; may be "
         "repeated; * for all",
-        _SERVE,
     )
-    root_path: str = _setting(
-        "",
-        "prefix of the path at a proxy in front, as /embeddings, be it taken off there or not",
-        _SERVE,
+    root_path: str = _row(
+        "", _SERVE, "path prefix of a proxy in front, as /embeddings, whether it removes it or not"
     )
-    otlp_endpoint: Endpoint | None = _setting(
-        None,
-        "send traces there with OpenTelemetry over HTTP, as http://localhost:4318 (needs the extra "
-        "[otlp])",
-        _SERVE,
+    otlp_endpoint: Endpoint | None = _row(
+        None, _SERVE, "URL for traces by OTLP over HTTP, as http://localhost:4318 (extra [otlp])"
     )
-    log_format: Literal["text", "json"] = _setting(
-        "text", "text for people, json for log collectors; one line a request", _ALL
+    log_format: Literal["text", "json"] = _row(
+        "text", _ALL, "text for people, json for log collectors; one line a request"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = _setting(
-        "info", "least severe level that is logged", _ALL
+    log_level: Literal["debug", "info", "warning", "error"] = _row(
+        "info", _ALL, "least severe level that is logged"
     )
 
     @property
@@ -279,80 +239,57 @@ class Settings(BaseSettings):
         """``hf_token`` in the clear, for the hub alone."""
         return self.hf_token.get_secret_value() if self.hf_token else None
 
-    @property
-    def matryoshka_sizes(self) -> dict[str, tuple[int, ...]]:
-        """``matryoshka`` by the model's name."""
-        rows = (row.partition("=") for row in self.matryoshka)
-        return {name: tuple(int(size) for size in sizes.split(",")) for name, _, sizes in rows}
-
     @field_validator("*", mode="before")
     @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take the ``true`` of a TOML file for the number 1."""
         assert info.field_name is not None
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError(f"{str(value).lower()} is neither a number nor a text")
         return value
 
     @model_validator(mode="after")
-    def _settings_fit_together(self) -> Settings:
-        if not all(key.get_secret_value() for key in self.api_key):
-            raise ValueError("--api-key is empty; leave it out to let everyone in")
+    def _check_tls(self) -> Settings:
         for flag, file in (("--tls-key", self.tls_key), ("--tls-client-ca", self.tls_client_ca)):
             if file is not None and self.tls_cert is None:
                 raise ValueError(f"{flag} needs --tls-cert, the certificate to serve HTTPS with")
         return self
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        toml = TomlConfigSettingsSource(settings_cls) if cls.model_config.get("toml_file") else None
-        return (init_settings, _Environment(settings_cls), *((toml,) if toml else ()))
-
-
-class _Environment(EnvSettingsSource):
-    def __call__(self) -> dict[str, Any]:
-        values = super().__call__()
-        # Kubernetes gives every pod beside a Service named embedding-server the variable
-        # EMBEDDING_SERVER_PORT=tcp://10.0.0.1:5000, which is no setting of ours.
-        if str(values.get("port")).startswith("tcp://"):
-            del values["port"]
-        return values
-
 
 def load_settings(flags: Mapping[str, object], config: Path | None = None) -> Settings:
     """Settings from ``flags`` over the environment over the TOML file ``config``.
 
-    Raises ConfigurationError naming each setting at fault and what was wrong with it.
+    Raises ConfigurationError naming each wrong setting and what is wrong with it.
     """
-    config = config or _config_from_environment()
+    variables = _variables()
+    if config is None and variables.get(f"{ENV_PREFIX}CONFIG"):
+        config = Path(variables[f"{ENV_PREFIX}CONFIG"])
     if config is not None and not config.is_file():
         raise ConfigurationError(f"The configuration file {config} does not exist.")
 
+    # Other unknown variables are only logged, and other empty ones ignored; these would open the
+    # server to everyone.
     for name in unknown_variables():
         if name.startswith(f"{ENV_PREFIX}API_KEY"):
-            # Others are told; a misspelt one of these would open the server to everyone.
             raise ConfigurationError(
                 f"{name} is set, but there is no such setting; there is {ENV_PREFIX}API_KEY."
             )
     for name in (f"{ENV_PREFIX}API_KEY", f"{ENV_PREFIX}API_KEY_FILE"):
-        # Other empty variables count as unset; these would open the server to everyone.
-        if os.environ.get(name) == "":
+        if variables.get(name) == "":
             raise ConfigurationError(f"{name} is empty; unset it to let everyone in.")
 
-    class Source(Settings):
-        model_config = SettingsConfigDict(toml_file=config)
-
+    values = {row.name: variables[row.env] for row in rows() if variables.get(row.env)}
+    # Kubernetes gives every pod beside a Service named embedding-server the variable
+    # EMBEDDING_SERVER_PORT=tcp://10.0.0.1:5000.
+    if values.get("port", "").startswith("tcp://"):
+        del values["port"]
+    given = {**values, **flags}
     try:
-        settings = Source(**dict(flags))  # type: ignore[arg-type]
+        in_file = tomllib.loads(config.read_text(encoding="utf-8")) if config else {}
+        settings = Settings.model_validate({**in_file, **given})
     except ValidationError as error:
-        raise ConfigurationError(_explain(error, flags, config)) from None
-    except ValueError as error:  # a TOML file that doesn't parse
+        raise ConfigurationError(_explain(error, given, config)) from None
+    except ValueError as error:  # the file is no TOML, or no UTF-8
         raise ConfigurationError(f"{config}: {error}") from None
     folder = settings.load_models_from
     if folder is not None and not folder.is_dir():
@@ -361,10 +298,10 @@ def load_settings(flags: Mapping[str, object], config: Path | None = None) -> Se
 
 
 def unknown_variables() -> list[str]:
-    """Variables of our prefix that name no setting, but for those that Kubernetes makes.
+    """Variables of our prefix that name no setting, without those that Kubernetes sets.
 
     For a Service named embedding-server it sets EMBEDDING_SERVER_PORT_5000_TCP, _SERVICE_HOST
-    and more, so that an unknown one can be told but not refused.
+    and more, so that unknown variables can be logged but not refused.
     """
     known = {row.env for row in rows()} | {f"{ENV_PREFIX}CONFIG"}
     ours = [name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known]
@@ -372,34 +309,34 @@ def unknown_variables() -> list[str]:
     return sorted(name for name in ours if not name.startswith(kubernetes))
 
 
-def _config_from_environment() -> Path | None:
-    value = os.environ.get(ENV_PREFIX + "CONFIG")
-    return Path(value) if value else None
+def _variables() -> dict[str, str]:
+    """The environment, in which a setting may be written in any case."""
+    return {name.upper(): value for name, value in os.environ.items()}
 
 
-def _explain(error: ValidationError, flags: Mapping[str, object], config: Path | None) -> str:
+def _explain(error: ValidationError, given: Mapping[str, object], config: Path | None) -> str:
+    """All problems, each with its flag, variable and, unless ``given`` has the setting, file."""
     parts = []
     for problem in error.errors(include_url=False, include_input=False):
-        name = str(problem["loc"][0]) if problem["loc"] else None
         message = str(problem["msg"]).removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":  # flags and variables can't be unknown here
-            near = get_close_matches(str(name).replace("-", "_"), Settings.model_fields, 1)
+        if not problem["loc"]:
+            parts.append(message)
+            continue
+        name = str(problem["loc"][0])
+        if problem["type"] == "extra_forbidden":  # only the file can name unknown settings
+            near = get_close_matches(name.replace("-", "_"), Settings.model_fields, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             parts.append(f"{config}: there is no setting {name!r}{hint}")
             continue
-        if name is None:
-            parts.append(message)
-        else:
-            flag, variable = "--" + name.replace("_", "-"), f"{ENV_PREFIX}{name.upper()}"
-            in_file = config is not None and name not in flags and not os.environ.get(variable)
-            where = f"{config}: " if in_file else ""
-            parts.append(f"{where}{flag} (or {variable}): {message}")
+        flag, variable = "--" + name.replace("_", "-"), f"{ENV_PREFIX}{name.upper()}"
+        where = "" if name in given else f"{config}: "
+        parts.append(f"{where}{flag} (or {variable}): {message}")
     return "; ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One setting as the command line and the docs show it."""
+    """One setting as the command line and the docs show it; an empty default is None."""
 
     name: str
     default: object
@@ -420,21 +357,18 @@ class Row:
 def rows() -> Iterator[Row]:
     """Every setting in its order of definition."""
     for name, field in Settings.model_fields.items():
-        extra = field.json_schema_extra
-        assert isinstance(extra, dict)
-        commands = extra["commands"]
-        assert isinstance(commands, list)
+        extra: Any = field.json_schema_extra
+        origin = get_origin(field.annotation)
+        kind: Literal["value", "list", "switch"] = "value"
+        if field.annotation is bool:
+            kind = "switch"
+        elif origin in (tuple, dict):
+            kind = "list"
         yield Row(
             name=name,
-            default=field.default,
+            default=None if field.default in ((), {}, "") else field.default,
             help=field.description or "",
-            commands=tuple(str(command) for command in commands),
-            kind=_kind(field),
-            choices=get_args(field.annotation) if get_origin(field.annotation) is Literal else None,
+            commands=tuple(extra["commands"]),
+            kind=kind,
+            choices=get_args(field.annotation) if origin is Literal else None,
         )
-
-
-def _kind(field: FieldInfo) -> Literal["value", "list", "switch"]:
-    if field.annotation is bool:
-        return "switch"
-    return "list" if get_origin(field.annotation) is tuple else "value"

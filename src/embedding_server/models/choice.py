@@ -52,7 +52,7 @@ def specs_of(settings: Settings) -> list[ModelSpec]:
             f"More than one --model would be served as {', '.join(twice)}: give each "
             "another name with --served-model-name."
         )
-    if unknown := set(settings.matryoshka_sizes) - set(served):
+    if unknown := set(settings.matryoshka) - set(served):
         raise ConfigurationError(
             f"--matryoshka names {', '.join(unknown)}, which isn't served; served are: "
             f"{', '.join(served)}."
@@ -67,7 +67,7 @@ def load_options_of(settings: Settings) -> LoadOptions:
         threads=settings.threads or max(1, available_cores() // settings.workers),
         onnx_file=settings.onnx_file,
         max_batch_tokens=settings.max_batch_tokens,
-        matryoshka=settings.matryoshka_sizes,
+        matryoshka=settings.matryoshka,
         inference_timeout=settings.inference_timeout,
         limits=Limits(
             max_concurrent_requests=settings.max_concurrent_requests,

@@ -21,7 +21,7 @@
   orjson = [ ];
   prometheus-client = [ ];
   pyarrow = [ ];
-  pydantic-settings = [ ];
+  pydantic = [ ];
   pytest = [ ];
   pyyaml = [ ];
   ray = [ "data" "serve" ];

@@ -45,7 +45,7 @@ def test_the_weights_are_those_of_the_file(family: str, tmp_path: Path) -> None:
     """Every matrix of a layer counts once, and nothing else does."""
     model = FAMILIES[family](tmp_path / "model")
     found = architecture(model.folder)
-    prefix = found.layer.partition("{}")[0]
+    prefix = found.tensors.layer.partition("{}")[0]
     with safe_open(model.folder / "model.safetensors", "numpy") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     matrices = [shape for name, shape in shapes.items() if prefix in name and len(shape) == 2]

@@ -54,9 +54,9 @@ class Graph:
 
 def build_graph(architecture: Architecture, weights: Weights) -> Graph:
     """The packed graph of ``architecture``; raises ModelNotSupported if the weights don't fit."""
-    known = f"{architecture.words}.weight"
+    known = f"{architecture.tensors.words}.weight"
     return _Builder(
-        architecture, weights.without_prefix(*architecture.prefixes, known=known)
+        architecture, weights.without_prefix(*architecture.tensors.prefixes, known=known)
     ).build()
 
 
@@ -93,26 +93,28 @@ class _Nodes:
 class _Builder:
     def __init__(self, architecture: Architecture, weights: Weights) -> None:
         self._arch = architecture
+        self._tensors = architecture.tensors
         self._weights = weights
         self._graph = _Nodes()
         self._inputs: dict[str, onnx.ValueInfoProto] = {}
         self._initializers: dict[str, TensorProto] = {}
         self._arrays: dict[str, NDArray[np.float32]] = {}
         self._rotaries = rotaries(architecture)
-        self._folder = weights[f"{architecture.words}.weight"].file.parent
+        self._folder = weights[f"{self._tensors.words}.weight"].file.parent
 
     def build(self) -> Graph:
-        arch = self._arch
+        arch, tensors = self._arch, self._tensors
         # The stream of residuals, and the same normed: what sublayers read.
         stream = normed = self._embeddings()
         if arch.pre_norm and arch.first_attention_norm:
-            normed = self._norm(stream, self._in_layer(0, arch.attention_norm))
+            normed = self._norm(stream, self._in_layer(0, self._tensors.attention_norm))
         for number, attention in enumerate(arch.attention):
             attended = self._attention_layer(number, attention, normed)
-            norm = self._in_layer(number, arch.mlp_norm if arch.pre_norm else arch.attention_norm)
+            norm = tensors.mlp_norm if arch.pre_norm else tensors.attention_norm
+            norm = self._in_layer(number, norm)
             stream, normed = self._add(attended, stream, norm)
             stream, normed = self._add(self._mlp(number, normed), stream, self._norm_after(number))
-        self._weights.check_all_read(*arch.unused)
+        self._weights.check_all_read(*self._tensors.unused)
         self._graph.nodes.append(helper.make_node("Identity", [normed], ["states"]))
         output_value = helper.make_tensor_value_info(
             "states", TensorProto.FLOAT, ["T", arch.hidden]
@@ -128,35 +130,35 @@ class _Builder:
         return Graph(model.SerializeToString(), self._arrays, self._folder)
 
     def _in_layer(self, number: int, name: str) -> str:
-        return self._arch.layer.format(number) + name
+        return self._tensors.layer.format(number) + name
 
     def _norm_after(self, number: int) -> str:
         """The norm that follows the sum after the layer's MLP."""
         arch = self._arch
         if not arch.pre_norm:
-            return self._in_layer(number, arch.mlp_norm)
+            return self._in_layer(number, self._tensors.mlp_norm)
         if number + 1 < len(arch.attention):
-            return self._in_layer(number + 1, arch.attention_norm)
-        assert arch.final_norm is not None
-        return arch.final_norm
+            return self._in_layer(number + 1, self._tensors.attention_norm)
+        assert self._tensors.final_norm is not None
+        return self._tensors.final_norm
 
     def _embeddings(self) -> str:
         arch, add = self._arch, self._graph.add
-        words = self._weight(f"{arch.words}.weight", (arch.vocab_size, arch.hidden))
+        words = self._weight(f"{self._tensors.words}.weight", (arch.vocab_size, arch.hidden))
         states = add("Gather", [words, self._input("input_ids", TensorProto.INT64, ["T"])])
-        if arch.types is not None:
+        if self._tensors.types is not None:
             # A text has one type only, so its row is added to every token.
-            name = f"{arch.types}.weight"
+            name = f"{self._tensors.types}.weight"
             self._check_shape(name, (arch.type_rows, arch.hidden))
             states = add("Add", [states, self._array(f"{name}[0]", self._weights.array(name)[0])])
         if arch.positions is not None:
             table = self._weight(
-                f"{arch.positions.tensor}.weight", (arch.positions.rows, arch.hidden)
+                f"{self._tensors.positions}.weight", (arch.positions.rows, arch.hidden)
             )
             ids = self._input("position_ids", TensorProto.INT64, ["T"])
             states = add("Add", [states, add("Gather", [table, ids])])
-        if arch.embedding_norm is not None:
-            states = self._norm(states, arch.embedding_norm)
+        if self._tensors.embedding_norm is not None:
+            states = self._norm(states, self._tensors.embedding_norm)
         return str(states)
 
     def _attention_layer(self, number: int, attention: Attention, states: str) -> str:
@@ -164,9 +166,9 @@ class _Builder:
         arch = self._arch
         width, kv_width = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
         qkv = self._qkv(number, states, width + 2 * kv_width)
-        if arch.head_norms is not None or attention.rotary is not None:
+        if self._tensors.head_norms is not None or attention.rotary is not None:
             qk, v = self._split(qkv, [width + kv_width, kv_width])
-            if arch.head_norms is not None:
+            if self._tensors.head_norms is not None:
                 qk = self._norm_heads(number, qk, [width, kv_width])
             if attention.rotary is not None:
                 qk = self._rotate(qk, attention.rotary)
@@ -175,13 +177,13 @@ class _Builder:
             attended = self._windowed(qkv)
         else:
             attended = self._looped(qkv, causal=attention.causal)
-        name = self._in_layer(number, arch.attention_output)
+        name = self._in_layer(number, self._tensors.attention_output)
         return self._linear(attended, name, (arch.hidden, width), bias=arch.attention_bias)
 
     def _qkv(self, number: int, states: str, width: int) -> str:
         """Queries, keys and values side by side, [T, width], from one product."""
         arch = self._arch
-        names = [self._in_layer(number, name) for name in arch.qkv]
+        names = [self._in_layer(number, name) for name in self._tensors.qkv]
         if len(names) == 1:
             return self._linear(states, names[0], (width, arch.hidden), bias=arch.attention_bias)
         rows = [arch.heads * arch.head_dim, *[arch.kv_heads * arch.head_dim] * 2]
@@ -199,9 +201,9 @@ class _Builder:
     def _norm_heads(self, number: int, qk: str, widths: list[int]) -> str:
         """RMS norm over each head by itself."""
         arch, add = self._arch, self._graph.add
-        assert arch.head_norms is not None
+        assert self._tensors.head_norms is not None
         normed = []
-        for part, name in zip(self._split(qk, widths), arch.head_norms, strict=True):
+        for part, name in zip(self._split(qk, widths), self._tensors.head_norms, strict=True):
             weight = self._weight(f"{self._in_layer(number, name)}.weight", (arch.head_dim,))
             heads = add("Reshape", [part, self._ints([0, -1, arch.head_dim])])
             heads = self._rms_norm(heads, weight)
@@ -313,10 +315,10 @@ class _Builder:
     def _distance_bias(self, body: _Nodes, length: str) -> str | None:
         """The bias by distance for sequences of ``length``, [1, heads, length, length]."""
         arch = self._arch
-        if arch.relative_bias is None:
+        if self._tensors.relative_bias is None:
             return None
         assert arch.positions is not None
-        name = f"{arch.relative_bias}.weight"
+        name = f"{self._tensors.relative_bias}.weight"
         table = self._weights.array(name)
         buckets = distance_buckets(arch.positions.rows)
         if table.shape[1:] != (arch.heads,) or len(table) <= buckets.max():
@@ -356,7 +358,7 @@ class _Builder:
     def _mlp(self, number: int, states: str) -> str:
         """The MLP, [T, hidden]."""
         arch, add = self._arch, self._graph.add
-        names = [self._in_layer(number, name) for name in arch.mlp_in]
+        names = [self._in_layer(number, name) for name in self._tensors.mlp_in]
         rows = arch.intermediate * (2 if arch.gated and len(names) == 1 else 1)
         parts = [
             self._linear(states, name, (rows, arch.hidden), bias=arch.mlp_bias) for name in names
@@ -366,7 +368,7 @@ class _Builder:
         expanded = self._activate(parts[0])
         if arch.gated:
             expanded = add("Mul", [expanded, parts[1]])
-        name = self._in_layer(number, arch.mlp_out)
+        name = self._in_layer(number, self._tensors.mlp_out)
         return self._linear(expanded, name, (arch.hidden, arch.intermediate), bias=arch.mlp_bias)
 
     def _add(self, states: str, stream: str, norm: str) -> tuple[str, str]:

@@ -160,3 +160,10 @@ def test_an_onnx_file_outside_the_folder(tmp_path: Path) -> None:
     shutil.move(made.folder / "model.onnx", tmp_path / "model.onnx")
     with pytest.raises(ModelNotSupported, match=r"\.\./model\.onnx"):
         Embedder(str(made.folder), onnx_file="../model.onnx")
+
+
+@pytest.mark.parametrize("backend", ["onnx", "torch"])
+def test_an_activation_that_does_not_exist_is_refused_by_name(backend: str, tmp_path: Path) -> None:
+    made = make_bert(tmp_path / "bert", act="gelu_13")
+    with pytest.raises(ModelNotSupported, match=r"config\.json.*hidden_act.*'gelu_13'"):
+        Embedder(str(made.folder), backend=backend)

@@ -867,7 +867,7 @@ def own_module(folder: Path) -> None:
         ),
         pytest.param(
             in_json("config.json", intermediate_size=65),
-            ("intermediate.dense.weight", "config.json asks for [65, 32]"),
+            ("intermediate.dense.weight", "config.json gives [65, 32]"),
             id="config",
         ),
     ],

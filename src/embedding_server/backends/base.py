@@ -27,7 +27,7 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """What a model's folder asks to be computed; each backend refuses what it can't."""
+    """The modules of a model's folder; each backend refuses those that it can't compute."""
 
     folder: Path
     """The whole sentence-transformers model."""
@@ -38,7 +38,7 @@ class Pipeline:
     config: Mapping[str, Any]
     """``config.json``; empty where there is none."""
     modules: tuple[Module, ...]
-    """What follows the first module, in order."""
+    """The modules after the first, in order."""
 
     @property
     def pad_token_id(self) -> int:
@@ -47,14 +47,14 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class BackendOptions:
-    """How to run it."""
+    """How to run a model."""
 
     threads: int
     onnx_file: str | None = None
 
 
 ONNX_FILES = ("onnx/model.onnx", "model.onnx")
-"""Where a repository has its own graph; the first that is there is taken."""
+"""Where a repository has its own graph; the first that exists is used."""
 
 BACKENDS: Mapping[str, str] = {
     "onnx": "embedding_server.backends.onnx:PackedBackend",

@@ -41,7 +41,7 @@ _IR_VERSION = 10
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A graph, and the weights that lie in no file as the graph needs them.
+    """A graph, and the weights that no file holds in the form that the graph needs.
 
     Its inputs are those of ``GraphInputs``; its output is ``states`` float32 [T, hidden].
     """
@@ -54,10 +54,9 @@ class Graph:
 
 def build_graph(architecture: Architecture, weights: Weights) -> Graph:
     """The packed graph of ``architecture``; raises ModelNotSupported if the weights don't fit."""
-    known = f"{architecture.tensors.words}.weight"
-    return _Builder(
-        architecture, weights.without_prefix(*architecture.tensors.prefixes, known=known)
-    ).build()
+    tensors = architecture.tensors
+    named = weights.without_prefix(*tensors.prefixes, known=f"{tensors.words}.weight")
+    return _Builder(architecture, named).build()
 
 
 @dataclass(slots=True)
@@ -75,19 +74,16 @@ class _Nodes:
         self.names.add(name)
         return name
 
-    def add(
-        self,
-        op: str,
-        inputs: Iterable[str],
-        *,
-        outputs: int = 1,
-        domain: str = "",
-        **attributes: Any,
-    ) -> Any:
-        """Add one node; its output's name, or the list of them."""
-        names = [self.unique(op) for _ in range(outputs)]
+    def add(self, op: str, inputs: Iterable[str], *, domain: str = "", **attributes: Any) -> str:
+        """Add one node; its output's name."""
+        return self.add_with_outputs(1, op, inputs, domain=domain, **attributes)[0]
+
+    def add_with_outputs(
+        self, count: int, op: str, inputs: Iterable[str], *, domain: str = "", **attributes: Any
+    ) -> list[str]:
+        names = [self.unique(op) for _ in range(count)]
         self.nodes.append(helper.make_node(op, list(inputs), names, domain=domain, **attributes))
-        return names[0] if outputs == 1 else names
+        return names
 
 
 class _Builder:
@@ -107,23 +103,20 @@ class _Builder:
         # The stream of residuals, and the same normed: what sublayers read.
         stream = normed = self._embeddings()
         if arch.pre_norm and arch.first_attention_norm:
-            normed = self._norm(stream, self._in_layer(0, self._tensors.attention_norm))
+            normed = self._norm(stream, self._in_layer(0, tensors.attention_norm))
         for number, attention in enumerate(arch.attention):
             attended = self._attention_layer(number, attention, normed)
             norm = tensors.mlp_norm if arch.pre_norm else tensors.attention_norm
-            norm = self._in_layer(number, norm)
-            stream, normed = self._add(attended, stream, norm)
+            stream, normed = self._add(attended, stream, self._in_layer(number, norm))
             stream, normed = self._add(self._mlp(number, normed), stream, self._norm_after(number))
-        self._weights.check_all_read(*self._tensors.unused)
+        self._weights.check_all_read(*tensors.unused)
         self._graph.nodes.append(helper.make_node("Identity", [normed], ["states"]))
-        output_value = helper.make_tensor_value_info(
-            "states", TensorProto.FLOAT, ["T", arch.hidden]
-        )
+        output = helper.make_tensor_value_info("states", TensorProto.FLOAT, ["T", arch.hidden])
         graph = helper.make_graph(
             self._graph.nodes,
             "packed",
             list(self._inputs.values()),
-            [output_value],
+            [output],
             list(self._initializers.values()),
         )
         model = helper.make_model(graph, opset_imports=_OPSETS, ir_version=_IR_VERSION)
@@ -143,23 +136,22 @@ class _Builder:
         return self._tensors.final_norm
 
     def _embeddings(self) -> str:
-        arch, add = self._arch, self._graph.add
-        words = self._weight(f"{self._tensors.words}.weight", (arch.vocab_size, arch.hidden))
+        arch, tensors, add = self._arch, self._tensors, self._graph.add
+        words = self._weight(f"{tensors.words}.weight", (arch.vocab_size, arch.hidden))
         states = add("Gather", [words, self._input("input_ids", TensorProto.INT64, ["T"])])
-        if self._tensors.types is not None:
+        if tensors.types is not None:
             # A text has one type only, so its row is added to every token.
-            name = f"{self._tensors.types}.weight"
+            name = f"{tensors.types}.weight"
             self._check_shape(name, (arch.type_rows, arch.hidden))
             states = add("Add", [states, self._array(f"{name}[0]", self._weights.array(name)[0])])
         if arch.positions is not None:
-            table = self._weight(
-                f"{self._tensors.positions}.weight", (arch.positions.rows, arch.hidden)
-            )
+            shape = (arch.positions.rows, arch.hidden)
+            table = self._weight(f"{tensors.positions}.weight", shape)
             ids = self._input("position_ids", TensorProto.INT64, ["T"])
             states = add("Add", [states, add("Gather", [table, ids])])
-        if self._tensors.embedding_norm is not None:
-            states = self._norm(states, self._tensors.embedding_norm)
-        return str(states)
+        if tensors.embedding_norm is not None:
+            states = self._norm(states, tensors.embedding_norm)
+        return states
 
     def _attention_layer(self, number: int, attention: Attention, states: str) -> str:
         """Attention and its output projection, [T, hidden]."""
@@ -172,7 +164,7 @@ class _Builder:
                 qk = self._norm_heads(number, qk, [width, kv_width])
             if attention.rotary is not None:
                 qk = self._rotate(qk, attention.rotary)
-            qkv = str(self._graph.add("Concat", [qk, v], axis=1))
+            qkv = self._graph.add("Concat", [qk, v], axis=1)
         if attention.window is not None:
             attended = self._windowed(qkv)
         else:
@@ -190,7 +182,7 @@ class _Builder:
         inputs = [states, self._merged(names, "weight", [(size, arch.hidden) for size in rows])]
         if arch.attention_bias:
             inputs.append(self._merged(names, "bias", [(size,) for size in rows]))
-        return str(self._graph.add("Gemm", inputs, transB=1))
+        return self._graph.add("Gemm", inputs, transB=1)
 
     def _merged(self, names: list[str], kind: str, shapes: list[tuple[int, ...]]) -> str:
         for name, shape in zip(names, shapes, strict=True):
@@ -208,7 +200,7 @@ class _Builder:
             heads = add("Reshape", [part, self._ints([0, -1, arch.head_dim])])
             heads = self._rms_norm(heads, weight)
             normed.append(add("Flatten", [heads], axis=1))
-        return str(add("Concat", normed, axis=1))
+        return add("Concat", normed, axis=1)
 
     def _rotate(self, qk: str, rotary: Rotary) -> str:
         """Queries and keys turned by their positions, all heads in one call."""
@@ -225,7 +217,7 @@ class _Builder:
             domain=_MICROSOFT,
             num_heads=self._arch.heads + self._arch.kv_heads,
         )
-        return str(add("Squeeze", [rotated, self._ints([0])]))
+        return add("Squeeze", [rotated, self._ints([0])])
 
     def _looped(self, qkv: str, *, causal: bool) -> str:
         """Attention within each sequence, [T, heads * head_dim]: a loop over runs of one length.
@@ -238,19 +230,14 @@ class _Builder:
         body = graph.body()
         step, condition, done = (body.unique(name) for name in ("step", "condition", "done"))
         going_on, still_done = body.unique("condition"), body.unique("done")
-        start, end, length = body.add(
-            "Split", [body.add("Gather", [runs, step]), self._ints([1, 1, 1])], outputs=3, axis=0
-        )
+        run = body.add("Gather", [runs, step])
+        start, end, length = self._split(run, [1, 1, 1], axis=0, nodes=body)
         shape = body.add(
             "Concat", [self._ints([-1]), length, self._ints([width + 2 * kv_width])], axis=0
         )
         rows = body.add("Slice", [qkv, start, end, self._ints([0])])
-        parts = body.add(
-            "Split",
-            [body.add("Reshape", [rows, shape]), self._ints([width, kv_width, kv_width])],
-            outputs=3,
-            axis=2,
-        )
+        sequences = body.add("Reshape", [rows, shape])
+        parts = self._split(sequences, [width, kv_width, kv_width], axis=2, nodes=body)
         if causal:
             attended = self._causal(body, parts, length)
         else:
@@ -280,24 +267,25 @@ class _Builder:
         )
         number_of_runs = graph.add("Squeeze", [graph.add("Shape", [runs], start=0, end=1)])
         empty = graph.add("SequenceEmpty", [])
-        sequences = graph.add("Loop", [number_of_runs, "", empty], body=loop)
-        return str(graph.add("ConcatFromSequence", [sequences], axis=0))
+        results = graph.add("Loop", [number_of_runs, "", empty], body=loop)
+        return graph.add("ConcatFromSequence", [results], axis=0)
 
     def _causal(self, body: _Nodes, parts: list[str], length: str) -> str:
         """Causal attention of one run; grouped heads share keys and values."""
         arch, add = self._arch, body.add
         total = add("Cast", [add("Squeeze", [length])], to=TensorProto.INT32)
-        last = add("Sub", [add("Cast", [length], to=TensorProto.INT32), self._one()])
+        # The attention kernels count in int32.
+        last = add("Cast", [add("Sub", [length, self._ints([1])])], to=TensorProto.INT32)
         sequences = add("Shape", [parts[0]], start=0, end=1)
-        attended, _, _ = add(
+        attended, _, _ = body.add_with_outputs(
+            3,
             "GroupQueryAttention",
             [*parts, "", "", add("Expand", [last, sequences]), total],
-            outputs=3,
             domain=_MICROSOFT,
             num_heads=arch.heads,
             kv_num_heads=arch.kv_heads,
         )
-        return str(attended)
+        return attended
 
     def _repeat_heads(self, body: _Nodes, part: str) -> str:
         """Keys or values [n, L, kv_heads * head_dim] once for each query head of their group.
@@ -310,7 +298,7 @@ class _Builder:
             return part
         grouped = add("Reshape", [part, self._ints([0, 0, arch.kv_heads, 1, arch.head_dim])])
         repeated = add("Expand", [grouped, self._ints([1, 1, 1, group, 1])])
-        return str(add("Reshape", [repeated, self._ints([0, 0, arch.heads * arch.head_dim])]))
+        return add("Reshape", [repeated, self._ints([0, 0, arch.heads * arch.head_dim])])
 
     def _distance_bias(self, body: _Nodes, length: str) -> str | None:
         """The bias by distance for sequences of ``length``, [1, heads, length, length]."""
@@ -325,7 +313,7 @@ class _Builder:
             raise ModelNotSupported(f"The tensor {name!r} has the shape {list(table.shape)}.")
         bias = self._array(f"{name}[distance]", table[buckets].transpose(2, 0, 1)[None])
         ends = body.add("Concat", [length, length], axis=0)
-        return str(body.add("Slice", [bias, self._ints([0, 0]), ends, self._ints([2, 3])]))
+        return body.add("Slice", [bias, self._ints([0, 0]), ends, self._ints([2, 3])])
 
     def _windowed(self, qkv: str) -> str:
         """Attention to near tokens only: blocks of queries, each with the keys around it."""
@@ -353,7 +341,7 @@ class _Builder:
             mask_filter_value=float(np.finfo(np.float32).min),
         )
         blocks = add("Reshape", [attended, self._ints([-1, width])])
-        return str(add("Gather", [blocks, inputs["rows"]]))
+        return add("Gather", [blocks, inputs["rows"]])
 
     def _mlp(self, number: int, states: str) -> str:
         """The MLP, [T, hidden]."""
@@ -377,61 +365,50 @@ class _Builder:
         Two plain operators: the fused one (SkipLayerNormalization) is not vectorised and took
         six times as long.
         """
-        total = str(self._graph.add("Add", [states, stream]))
+        total = self._graph.add("Add", [states, stream])
         normed = self._norm(total, norm)
         return (total if self._arch.pre_norm else normed), normed
 
     def _norm(self, states: str, name: str) -> str:
-        weight, beta = self._norm_weights(name)
-        if self._arch.norm == "rms":
+        arch, shape = self._arch, (self._arch.hidden,)
+        weight = self._weight(f"{name}.weight", shape)
+        if arch.norm == "rms":
             return self._rms_norm(states, weight)
-        inputs = [states, weight, beta] if beta else [states, weight]
-        return str(
-            self._graph.add("LayerNormalization", inputs, axis=-1, epsilon=self._arch.norm_eps)
-        )
+        inputs = [states, weight]
+        if arch.norm_bias:
+            inputs.append(self._weight(f"{name}.bias", shape))
+        return self._graph.add("LayerNormalization", inputs, axis=-1, epsilon=arch.norm_eps)
 
     def _rms_norm(self, states: str, weight: str) -> str:
-        # Registered in the default domain, for historical reasons, by ONNX Runtime alone.
-        return str(
-            self._graph.add(
-                "SimplifiedLayerNormalization",
-                [states, weight],
-                axis=-1,
-                epsilon=self._arch.norm_eps,
-            )
-        )
-
-    def _norm_weights(self, name: str) -> tuple[str, str]:
-        """The norm's gain and, or an empty name, its bias."""
-        shape = (self._arch.hidden,)
-        bias = self._weight(f"{name}.bias", shape) if self._arch.norm_bias else ""
-        return self._weight(f"{name}.weight", shape), bias
+        # ONNX Runtime alone has it, in the default domain for historical reasons.
+        inputs, epsilon = [states, weight], self._arch.norm_eps
+        return self._graph.add("SimplifiedLayerNormalization", inputs, axis=-1, epsilon=epsilon)
 
     def _linear(self, states: str, name: str, shape: tuple[int, int], *, bias: bool = False) -> str:
         inputs = [states, self._weight(f"{name}.weight", shape)]
         if bias:
             inputs.append(self._weight(f"{name}.bias", shape[:1]))
-        return str(self._graph.add("Gemm", inputs, transB=1))
+        return self._graph.add("Gemm", inputs, transB=1)
 
     def _activate(self, states: str) -> str:
         add = self._graph.add
         match self._arch.activation:
             case "gelu":
-                return str(add("Gelu", [states]))
+                return add("Gelu", [states])
             case "gelu_tanh":
-                return str(add("Gelu", [states], approximate="tanh"))
+                return add("Gelu", [states], approximate="tanh")
             case "relu":
-                return str(add("Relu", [states]))
+                return add("Relu", [states])
             case "silu":
-                return str(add("QuickGelu", [states], domain=_MICROSOFT, alpha=1.0))
+                return add("QuickGelu", [states], domain=_MICROSOFT, alpha=1.0)
             case "quick_gelu":
-                return str(add("QuickGelu", [states], domain=_MICROSOFT, alpha=1.702))
+                return add("QuickGelu", [states], domain=_MICROSOFT, alpha=1.702)
 
-    def _split(self, states: str, widths: list[int]) -> list[str]:
-        parts: list[str] = self._graph.add(
-            "Split", [states, self._ints(widths)], outputs=len(widths), axis=1
-        )
-        return parts
+    def _split(
+        self, states: str, widths: list[int], *, axis: int = 1, nodes: _Nodes | None = None
+    ) -> list[str]:
+        inputs = [states, self._ints(widths)]
+        return (nodes or self._graph).add_with_outputs(len(widths), "Split", inputs, axis=axis)
 
     def _input(self, name: str, dtype: int, shape: list[int | str]) -> str:
         self._inputs.setdefault(name, helper.make_tensor_value_info(name, dtype, shape))
@@ -446,7 +423,7 @@ class _Builder:
         return self._external(name, shape, tensor.file.name, tensor.offset, tensor.length)
 
     def _array(self, name: str, values: NDArray[np.float32]) -> str:
-        """An initializer whose values are handed over with the graph."""
+        """An initializer whose values are passed to the runtime with the graph."""
         if name not in self._arrays:
             self._arrays[name] = np.ascontiguousarray(values, dtype=np.float32)
         return self._external(name, values.shape, "given-by-name", 0, values.nbytes)
@@ -470,21 +447,14 @@ class _Builder:
     def _ints(self, values: list[int]) -> str:
         """A constant of int64."""
         name = f"ints_{'_'.join(map(str, values))}"
-        if name not in self._initializers:
-            self._initializers[name] = helper.make_tensor(
-                name, TensorProto.INT64, [len(values)], values
-            )
+        constant = helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
+        self._initializers.setdefault(name, constant)
         return name
-
-    def _one(self) -> str:
-        """1 as int32, in which the attention kernels count."""
-        self._initializers.setdefault("one", helper.make_tensor("one", TensorProto.INT32, [1], [1]))
-        return "one"
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         found = self._weights[name].shape
         if found != shape:
             raise ModelNotSupported(
-                f"The tensor {name!r} has the shape {list(found)}, but config.json asks for "
+                f"The tensor {name!r} has the shape {list(found)}, but config.json gives "
                 f"{list(shape)}."
             )

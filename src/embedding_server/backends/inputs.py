@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What the packed graph takes beside the token ids, computed from a batch in numpy."""
+"""The inputs of the packed graph, computed from a batch in numpy."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from embedding_server.engine.batch import Batch
 
 __all__ = ["GraphInputs", "distance_buckets", "rotaries", "rotary_name", "window_name"]
 
-# Queries computed against one stretch of keys: longer blocks see more keys in vain, shorter
-# ones are more calls. 128 measured best at 8,192 tokens, and within a few percent elsewhere.
+# Queries in a block. Longer blocks compute more masked keys, shorter ones need more calls: 128
+# measured best at 8,192 tokens, and within a few percent elsewhere.
 _BLOCK = 128
 
 _OUT_OF_SIGHT = np.float32(np.finfo(np.float32).min)
@@ -31,7 +31,7 @@ def window_name(part: str) -> str:
 
 
 class GraphInputs:
-    """Makes the graph's inputs of a batch; keeps the tables that every batch needs."""
+    """Makes the graph's inputs of a batch, and keeps the tables that every batch needs."""
 
     def __init__(self, architecture: Architecture) -> None:
         self._positions = architecture.positions
@@ -121,7 +121,7 @@ class _RotaryTable:
 
 
 def _stretched_theta(rotary: Rotary, length: int) -> float:
-    """Dynamic NTK scaling, as NomicBERT and transformers' ``dynamic`` have it."""
+    """Dynamic NTK scaling, as in NomicBERT and transformers' ``dynamic``."""
     assert rotary.factor is not None
     stretch = rotary.factor * length / rotary.trained - (rotary.factor - 1)
     return float(rotary.theta * stretch ** (rotary.head_dim / (rotary.head_dim - 2)))

@@ -27,10 +27,12 @@ _BATCH_TOKENS = 96
 # A file's own graph has all cores for each batch.
 _FILE_BATCH_TOKENS = 512
 
+# Families whose position_ids begin after the padding index, and are not computed here.
 _COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "mpnet", "camembert", "xlm-roberta-xl")
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _STATES = ("last_hidden_state", "token_embeddings")
 
-# What its exceptions say then; they have no type of their own for it.
+# ONNX Runtime's messages where memory runs out, for which it has no exception.
 _NO_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory")
 
 
@@ -107,20 +109,16 @@ class OnnxFileBackend:
         """Load the file; raises ModelNotSupported if there is none or its form isn't known."""
         file = onnx_model_file(pipeline, options.onnx_file)
         if options.onnx_file is None:
-            _check_unasked(pipeline, file)
+            _check_no_weights(pipeline, file)
         session = _session(str(file), _session_options(options.threads))
-        known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
-        inputs = {value.name for value in session.get_inputs()}
-        typed = {
-            value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())
-        }
-        for name, kind in typed.items():
-            wanted = "tensor(float)" if name in _STATES else "tensor(int64)"
-            if name in (*known, *_STATES) and kind != wanted:
-                raise ModelNotSupported(f"{file}: {name} is a {kind}, not a {wanted}.")
+        for value in (*session.get_inputs(), *session.get_outputs()):
+            wanted = "tensor(float)" if value.name in _STATES else "tensor(int64)"
+            if value.name in (*_INPUTS, *_STATES) and value.type != wanted:
+                raise ModelNotSupported(f"{file}: {value.name} is a {value.type}, not a {wanted}.")
+        known = set(_INPUTS)
         if pipeline.config.get("model_type") in _COUNTED_FROM_PADDING:
-            known.remove("position_ids")  # which these count in their own way
-        if unknown := inputs - known:
+            known.remove("position_ids")
+        if unknown := {value.name for value in session.get_inputs()} - known:
             raise ModelNotSupported(f"{file} wants inputs not known here: {', '.join(unknown)}.")
         outputs = {value.name: value.shape for value in session.get_outputs()}
         states = next((name for name in _STATES if name in outputs), None)
@@ -158,8 +156,8 @@ def onnx_model_file(pipeline: Pipeline, name: str | None) -> Path:
     raise ModelNotSupported(f"{folder} has no {name or ONNX_FILES[0]}.")
 
 
-def _check_unasked(pipeline: Pipeline, file: Path) -> None:
-    """Raise ModelNotSupported where the graph would hide what the other files are refused for."""
+def _check_no_weights(pipeline: Pipeline, file: Path) -> None:
+    """Raise ModelNotSupported if there are weights beside ``file``, which may differ from it."""
     weights = ("model.safetensors", "model.safetensors.index.json")
     if any((pipeline.transformer / name).is_file() for name in weights):
         raise ModelNotSupported(
@@ -174,14 +172,14 @@ def _run(session: onnxruntime.InferenceSession, output: str, feeds: dict[str, An
         return session.run([output], feeds)[0]
     except Exception as error:  # its exceptions share no base class of their own
         message = str(error)
-        if not any(said in message for said in _NO_MEMORY):
+        if not any(text in message for text in _NO_MEMORY):
             raise
     raise MemoryError(message)
 
 
 def _packed_session(graph: Graph, threads: int) -> onnxruntime.InferenceSession:
     options = _session_options(threads)
-    # The graph is as it should be: the runtime's fusions would undo some of it.
+    # The runtime's fusions would undo parts of the graph.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(graph.folder)
@@ -200,7 +198,7 @@ def _session_options(threads: int) -> onnxruntime.SessionOptions:
     session_options = onnxruntime.SessionOptions()
     session_options.intra_op_num_threads = threads
     session_options.inter_op_num_threads = 1
-    # Its warnings say nothing to our users, and what it calls an error is raised as well.
+    # Its warnings mean nothing to users, and its errors are raised as well.
     session_options.log_severity_level = 4
     # Shapes differ from batch to batch, and memory must come back after a long input.
     session_options.enable_mem_pattern = False

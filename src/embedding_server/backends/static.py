@@ -2,7 +2,7 @@
 """Static embedding models (model2vec, potion): a table of token vectors and their mean.
 
 A table in half precision is computed in float32, as all weights are. sentence-transformers keeps
-its precision unless it is asked for float32; see "Precision" in docs/models.md.
+its precision unless float32 is requested; see "Precision" in docs/models.md.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _read_table(weights: Weights) -> NDArray[np.float32]:
     """One row for each token id, float32 [vocabulary, dims]."""
     if "embedding.weight" in weights:
         return _checked(weights, "embedding.weight", weights.array("embedding.weight"), 2)
-    # model2vec's own names: ids may share rows, and each may have a weight of its own.
+    # model2vec's names: ids may share rows, and each id may have a weight.
     table = _checked(weights, "embeddings", weights.array("embeddings"), 2)
     if "mapping" in weights:
         mapping = _checked(weights, "mapping", weights.integers("mapping"), 1)
@@ -90,10 +90,10 @@ def _read_table(weights: Weights) -> NDArray[np.float32]:
 
 
 def _check_dense(pipeline: Pipeline, weights: Weights) -> None:
-    """Refuse what sentence-transformers rounds as it loads it, even when it computes in float32."""
+    """Refuse Dense layers that sentence-transformers rounds to the table's precision."""
     name = "embedding.weight" if "embedding.weight" in weights else "embeddings"
     kept = weights[name].dtype
-    if kept == "F32" or "weights" in weights:  # which it multiplies in float32
+    if kept == "F32" or "weights" in weights:  # with which it computes in float32
         return
     for module in pipeline.modules:
         if module.kind == "Dense":

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +20,7 @@ from embedding_server.backends.architectures import (
 )
 from embedding_server.backends.base import BackendOptions, Pipeline
 from embedding_server.backends.static import TABLE_TENSORS
-from embedding_server.backends.weights import Weights, name_some
+from embedding_server.backends.weights import Weights, name_some, not_matching
 from embedding_server.engine.backend import OwnTokenizer
 from embedding_server.engine.batch import Batch, Encoding
 from embedding_server.errors import ModelNotSupported
@@ -41,11 +40,11 @@ _OLDER_KEYS = (
     *("architectures", "model_type", "quantization_config", "tokenizer_class"),
 )
 
-# What it says of the CPU's memory and of Apple's, for which it has no exception.
+# Its messages where the CPU's memory or Apple's is full, for which it has no exception.
 _NO_MEMORY = ("can't allocate memory", "out of memory")
 
 _PROBE = " One text, two: CAF\u00c9\n \u6771\u4eac "
-"""What a tokenizer that does more than its tokenizer.json says would give other ids for."""
+"""A tokenizer that does more than its tokenizer.json says gives other ids for this text."""
 
 
 class TorchBackend:
@@ -67,12 +66,12 @@ class TorchBackend:
     @classmethod
     def load(cls, pipeline: Pipeline, options: BackendOptions) -> Self:
         """Load ``pipeline.folder``; raises ModelNotSupported without the extra or if it fails."""
-        model = load_sentence_transformer(pipeline.folder)
+        model = load_sentence_transformer(pipeline)
         import torch
 
         torch.set_num_threads(options.threads)
         backend = cls(model, pipeline)
-        backend._check_company(pipeline)
+        backend._check_batching(pipeline)
         return backend
 
     def embed(self, batch: Batch, *, wide: bool = False) -> NDArray[np.float32]:
@@ -89,8 +88,8 @@ class TorchBackend:
             )
         return vectors
 
-    def _check_company(self, pipeline: Pipeline) -> None:
-        """Raise ModelNotSupported if what shares a text's batch changes its vector.
+    def _check_batching(self, pipeline: Pipeline) -> None:
+        """Raise ModelNotSupported if the other texts of a batch change a text's vector.
 
         transformers computes some configs so: with ``is_causal`` true an encoder attends to
         earlier tokens only, unless another text's padding brings a mask.
@@ -128,8 +127,8 @@ class TorchBackend:
             return np.asarray(vectors.float().cpu().numpy(), dtype=np.float32)
         except RuntimeError as error:
             message = str(error)
-            told = any(said in message for said in _NO_MEMORY)
-            if not told and not isinstance(error, torch.OutOfMemoryError):
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            if not out_of_memory and not any(text in message for text in _NO_MEMORY):
                 raise
         # Out here, so that the error's frames don't keep what filled the memory.
         raise MemoryError(message)
@@ -138,7 +137,7 @@ class TorchBackend:
 def _own_tokenizer(tokenizer: Any) -> OwnTokenizer:
     if not tokenizer.is_fast:
         raise ModelNotSupported(f"The tokenizer {type(tokenizer).__name__} is not a fast one.")
-    # Itself and no copy, which would lack split_special_tokens; nothing else uses it from here on.
+    # No copy, which would lack split_special_tokens; nothing else uses the original from here on.
     backend = tokenizer.backend_tokenizer
     if tokenizer(_PROBE)["input_ids"] != backend.encode(_PROBE).ids:
         raise ModelNotSupported(
@@ -153,8 +152,8 @@ def _own_tokenizer(tokenizer: Any) -> OwnTokenizer:
     )
 
 
-def load_sentence_transformer(folder: Path) -> Any:
-    """The SentenceTransformer in ``folder``, in float32 and without a final ``Normalize``.
+def load_sentence_transformer(pipeline: Pipeline) -> Any:
+    """The SentenceTransformer of ``pipeline``, in float32 and without a final ``Normalize``.
 
     Raises ModelNotSupported without the extra [torch], if it can't be loaded, and if weights are
     missing in the files or left over.
@@ -168,21 +167,17 @@ def load_sentence_transformer(folder: Path) -> Any:
             f"sentence-transformers can't be used ({error}): install the extra [torch], in a "
             "checkout with scripts/install '[torch]'."
         ) from None
-    listing = folder / "modules.json"
-    modules = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else [{}]
-    homes = [folder / module.get("path", "") for module in modules]
-    for pickle in (pickle for home in homes for pickle in home.glob("pytorch_model*.bin")):
-        if not any(pickle.parent.glob("*.safetensors")):
+    for home in (pipeline.transformer, *(module.folder for module in pipeline.modules)):
+        pickle = next(home.glob("pytorch_model*.bin"), None)
+        if pickle is not None and not any(home.glob("*.safetensors")):
             raise ModelNotSupported(
                 f"{pickle} is a pickle, which can run code and is never read: save the model as "
                 "safetensors."
             )
-    home = homes[0]
-    if (home / "config.json").is_file():
-        check_code(json.loads((home / "config.json").read_text(encoding="utf-8")))
+    check_code(pipeline.config)
     try:
         model = SentenceTransformer(
-            str(folder),
+            str(pipeline.folder),
             trust_remote_code=False,
             local_files_only=True,
             # Half-precision weights are computed in float32, as every backend does.
@@ -194,30 +189,45 @@ def load_sentence_transformer(folder: Path) -> Any:
             },
         )
     except Exception as error:
-        what = " ".join(str(error).split())
-        raise ModelNotSupported(f"sentence-transformers can't load {folder}: {what}") from error
-    _check_loading(model, home)
+        reason = _reason(error, pipeline.config)
+        raise ModelNotSupported(
+            f"sentence-transformers can't load {pipeline.folder}: {reason}"
+        ) from error
+    if model.transformers_model is None:
+        _check_table(pipeline.transformer)
+    else:
+        _check_config(pipeline, model.transformers_model.config)
+        _check_weights(model.transformers_model, pipeline.transformer)
     # Scaling belongs to the request (`normalize`), so the model stops before it.
     while isinstance(model[-1], Normalize):
         del model[-1]
     return model.float().eval()
 
 
-def _check_loading(model: Any, home: Path) -> None:
-    """Raise ModelNotSupported for a model that is not the whole one in ``home``.
+def _reason(error: Exception, config: Mapping[str, Any]) -> str:
+    # transformers looks up names, of an activation for example, in dictionaries.
+    if isinstance(error, KeyError):
+        for key, value in config.items():
+            if value == error.args[0]:
+                return f"config.json sets {key} to {value!r}, which transformers does not know."
+    return " ".join(str(error).split())
+
+
+def _check_table(home: Path) -> None:
+    """Raise ModelNotSupported for a static model with a tensor that is not read."""
+    weights, table = Weights.open(home), "embedding.weight"
+    if unread := set(weights) - ({table} if table in weights else TABLE_TENSORS):
+        raise _incomplete(home, "drop", unread)
+
+
+def _check_weights(transformer: Any, home: Path) -> None:
+    """Raise ModelNotSupported if ``transformer`` has not exactly the weights in ``home``.
 
     transformers initialises at random what the checkpoint lacks, drops what its class doesn't
-    know, and warns of both. ``home`` is the first module's folder.
+    know, and warns of both.
     """
-    weights = Weights.open(home)
-    transformer = model.transformers_model
-    if transformer is None:
-        table = "embedding.weight"
-        if unread := set(weights) - ({table} if table in weights else TABLE_TENSORS):
-            raise _incomplete(home, "drop", unread)
-        return
-    weights.check_copies(f"{transformer.base_model_prefix}.")
-    _check_config(home, transformer.config)
+    prefix = f"{transformer.base_model_prefix}."
+    Weights.open(home).check_copies(prefix)
     # The report comes with a model only, and sentence-transformers asks for none.
     _, report = type(transformer).from_pretrained(
         str(home),
@@ -229,44 +239,42 @@ def _check_loading(model: Any, home: Path) -> None:
     )
     unused = unused_tensors(transformer.config.model_type)
 
-    def used(names: Iterable[str]) -> list[str]:
-        bare = (name.removeprefix(f"{transformer.base_model_prefix}.") for name in names)
-        return [name for name in bare if not any(fnmatchcase(name, form) for form in unused)]
+    def check(names: Iterable[str], verb: str) -> None:
+        if counted := not_matching((name.removeprefix(prefix) for name in names), unused):
+            raise _incomplete(home, verb, counted)
 
-    if missing := used([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]):
-        raise _incomplete(home, "initialise at random", missing)
-    if left_over := used(report["unexpected_keys"]):
-        raise _incomplete(home, "drop", left_over)
+    mismatched = (key[0] for key in report["mismatched_keys"])
+    check([*report["missing_keys"], *mismatched], "initialise at random")
+    check(report["unexpected_keys"], "drop")
 
 
-def _incomplete(home: Path, what: str, names: Iterable[str]) -> ModelNotSupported:
+def _incomplete(home: Path, verb: str, names: Iterable[str]) -> ModelNotSupported:
     return ModelNotSupported(
-        f"{home}: sentence-transformers would {what} {name_some(sorted(names))}: config.json and "
+        f"{home}: sentence-transformers would {verb} {name_some(sorted(names))}: config.json and "
         "the weights don't belong together, or the model needs its authors' code."
     )
 
 
-def _check_config(home: Path, config: Any) -> None:
-    """Raise ModelNotSupported where transformers reads config.json otherwise than it is meant."""
-    values = config.to_dict()
+def _check_config(pipeline: Pipeline, config: Any) -> None:
+    """Raise ModelNotSupported where transformers' ``config`` differs from what the file means."""
+    file, given, values = pipeline.transformer / "config.json", pipeline.config, config.to_dict()
     rotary = values.get("rope_parameters") or {}
     for parameters in (rotary, *rotary.values()):
         kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
         if kind in _SCALED_BY_BATCH:
             raise ModelNotSupported(
-                f"{home / 'config.json'}: transformers scales the rotary embedding {kind!r} by "
-                "the longest text of a batch, so that vectors depend on what else is in it."
+                f"{file}: transformers scales the rotary embedding {kind!r} by the longest text of "
+                "a batch, so that vectors depend on what else is in it."
             )
     if values.get("attention_type") == "block_sparse":
         raise ModelNotSupported(
-            f"{home / 'config.json'}: transformers gives up attention_type 'block_sparse' at the "
-            "first short text; set it to 'original_full'."
+            f"{file}: transformers gives up attention_type 'block_sparse' at the first short text; "
+            "set it to 'original_full'."
         )
-    given = json.loads((home / "config.json").read_text(encoding="utf-8"))
     counted = keys_that_count(given) - {*config.attribute_map, *_OLDER_KEYS}
     if counted and (unread := sorted(counted - type(config)().to_dict().keys())):
         raise ModelNotSupported(
-            f"{home / 'config.json'} sets {name_some(unread)}, which transformers does not read."
+            f"{file} sets {name_some(unread)}, which transformers does not read."
         )
     try:
         meant = architecture_of(given, unknown_too=True)
@@ -274,5 +282,5 @@ def _check_config(home: Path, config: Any) -> None:
         return  # not built here: transformers decides what it means
     if architecture_of({**values, "model_type": given["model_type"]}, unknown_too=True) != meant:
         raise ModelNotSupported(
-            f"{home / 'config.json'}: transformers reads another model from it than it describes."
+            f"{file}: transformers reads another model from it than it describes."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from embedding_server.errors import ModelNotSupported
 
-__all__ = ["Tensor", "Weights", "name_some"]
+__all__ = ["Tensor", "Weights", "name_some", "not_matching"]
 
 _HEADER_SIZE = 8  # little-endian uint64 before the JSON header, as the format defines
 
@@ -48,7 +48,7 @@ class Tensor:
 class Weights(Mapping[str, Tensor]):
     """Tensors by name, without what the checkpoint puts before every name (as ``bert.``).
 
-    It remembers which were looked up: one that nobody reads may change the result.
+    It remembers which were looked up: a tensor that is not read may change the result.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -102,14 +102,9 @@ class Weights(Mapping[str, Tensor]):
     def check_all_read(self, *ignored: str) -> None:
         """Raise ModelNotSupported if a tensor was not looked up and matches none of ``ignored``.
 
-        These are patterns as of ``fnmatch``: of heads that give no embedding.
+        These are patterns of ``fnmatch``, for heads that give no embedding.
         """
-        unread = [
-            name
-            for name in sorted(self._tensors.keys() - self._read)
-            if not any(fnmatchcase(name, pattern) for pattern in ignored)
-        ]
-        if unread:
+        if unread := not_matching(sorted(self._tensors.keys() - self._read), ignored):
             raise ModelNotSupported(
                 f"The weights in {self.folder} have {name_some(unread)}, which nothing here reads: "
                 "the model computes more than config.json says."
@@ -156,6 +151,11 @@ class Weights(Mapping[str, Tensor]):
                 f"The tensor {name!r} in {tensor.file} is {tensor.dtype}, not whole numbers."
             )
         return np.asarray(_read(tensor).view(dtype), dtype=np.int64).reshape(tensor.shape)
+
+
+def not_matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The ``names`` that match none of the ``patterns``, which are those of ``fnmatch``."""
+    return [name for name in names if not any(fnmatchcase(name, form) for form in patterns)]
 
 
 def name_some(names: Sequence[str]) -> str:

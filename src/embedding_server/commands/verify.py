@@ -18,6 +18,7 @@ from embedding_server.embedder import Embedder
 from embedding_server.engine.parameters import EmbedParams
 from embedding_server.engine.postprocess import normalize, postprocess
 from embedding_server.errors import ModelUnavailable
+from embedding_server.models.layout import read_layout
 from embedding_server.models.reference import REFERENCE_FILE, ReferenceVectors
 
 __all__ = [
@@ -87,7 +88,7 @@ def verify_vectors(embedder: Embedder, folder: Path) -> Verification:
     Raises ModelNotSupported without the extra [torch], or if sentence-transformers itself
     can't load the folder.
     """
-    reference = load_sentence_transformer(folder)
+    reference = load_sentence_transformer(read_layout(folder, own_tokenizer=True).pipeline)
     texts = list(TEXTS)
     params = EmbedParams(normalize=False)
     found, seconds = _timed(lambda: embedder.embed_detailed(texts, params).vectors)

@@ -88,7 +88,7 @@ def verify_vectors(embedder: Embedder, folder: Path) -> Verification:
     Raises ModelNotSupported without the extra [torch], or if sentence-transformers itself
     can't load the folder.
     """
-    reference = load_sentence_transformer(read_layout(folder, own_tokenizer=True).pipeline)
+    reference = load_sentence_transformer(read_layout(folder).pipeline)
     texts = list(TEXTS)
     params = EmbedParams(normalize=False)
     found, seconds = _timed(lambda: embedder.embed_detailed(texts, params).vectors)

@@ -126,7 +126,7 @@ class Settings(BaseModel):
         1, _SERVE, "processes that share the port and the cores; one that ends is replaced"
     )
     server: Literal["uvicorn", "hypercorn"] = _row(
-        "uvicorn", _SERVE, "HTTP server; hypercorn (extra [hypercorn]) is slower, and has HTTP/2"
+        "uvicorn", _SERVE, "HTTP server; hypercorn (extra [hypercorn]) adds HTTP/2"
     )
     model: Strings = _row(
         (),
@@ -183,7 +183,7 @@ class Settings(BaseModel):
         30.0, _SERVE, "seconds for accepted requests to finish after SIGTERM"
     )
     header_timeout: Seconds = _row(
-        10.0, _SERVE, "seconds for a request's header to arrive (hypercorn: --idle-timeout counts)"
+        10.0, _SERVE, "seconds for a request's header to arrive (HTTP/2: --idle-timeout counts)"
     )
     body_timeout: Seconds = _row(60.0, _SERVE, "seconds for a request's body to arrive")
     idle_timeout: Seconds = _row(

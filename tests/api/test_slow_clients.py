@@ -33,9 +33,10 @@ def drip(connection: socket.socket, drop: bytes) -> bytes:
     return answer
 
 
-def test_a_header_that_never_ends(tiny_model: Path) -> None:
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_header_that_never_ends(tiny_model: Path, name: str) -> None:
     with (
-        serving(model=(str(tiny_model),), header_timeout=0.5) as server,
+        serving(model=(str(tiny_model),), server=name, header_timeout=0.5) as server,
         connect(server.url) as connection,
     ):
         connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\nx-slow: ")

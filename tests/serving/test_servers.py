@@ -420,6 +420,63 @@ def test_an_offer_of_http_2_is_taken(hypercorn: LiveServer) -> None:
         assert json.loads(content)["data"][0]["dims"] == 384
 
 
+def test_http_2_in_parts(hypercorn: LiveServer) -> None:
+    """Its preface may arrive in any number of them."""
+    http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    http.initiate_connection()
+    with connect(hypercorn.url) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        start = http.data_to_send()
+        for part in (start[:1], start[1:20], start[20:]):
+            connection.sendall(part)
+            httpx.get(f"{hypercorn.url}/health/live")  # let the parts be read one by one
+        _send(http, 1, json.dumps({"model": MODEL, "input": "iPhone"}).encode())
+        assert _stream(http, connection, 1)[0] == b"200"
+
+
+def test_an_idle_connection_of_http_2_is_closed(tiny_model: Path) -> None:
+    with serving(model=(str(tiny_model),), server="hypercorn", idle_timeout=0.5) as server:
+        for requests in ((), (1,)):
+            http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+            http.initiate_connection()
+            with connect(server.url) as connection:
+                connection.sendall(http.data_to_send())
+                for stream in requests:
+                    _send(http, stream, b'{"model": "tiny", "input": "river"}')
+                    assert _stream(http, connection, stream)[0] == b"200"
+                while connection.recv(65536):
+                    pass
+
+
+def test_a_drain_of_http_2(blocked: type[Blocked], tiny_model: Path) -> None:
+    """A request under way is answered; an idle connection does not keep the server."""
+    settings: dict[str, Any] = {"backend": "onnx", "server": "hypercorn", "drain_timeout": 1000}
+    with (
+        serving(model=(str(tiny_model),), **settings) as server,
+        connect(server.url) as connection,
+        connect(server.url) as idle,
+        httpx.Client(base_url=server.url) as client,
+    ):
+        https = [
+            h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+            for _ in range(2)
+        ]
+        for http, stream in zip(https, (connection, idle), strict=True):
+            http.initiate_connection()
+            stream.sendall(http.data_to_send())
+        _send(https[0], 1, b'{"model": "tiny", "input": "river"}')
+        connection.sendall(https[0].data_to_send())
+        until(lambda: 'queue_requests{model="tiny"} 1.0' in client.get("/metrics").text)
+        server.server.stop()
+        while idle.recv(65536):
+            pass
+        assert server.thread.is_alive()
+        blocked.release()
+        assert _stream(https[0], connection, 1)[0] == b"200"
+        server.thread.join(20)
+        assert not server.thread.is_alive()
+
+
 def test_http_2_answers_before_all_of_the_body_has_come(hypercorn: LiveServer) -> None:
     """The rest of it is taken and forgotten; other requests of the connection go on."""
     http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))

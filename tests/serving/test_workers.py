@@ -118,13 +118,14 @@ def test_nobody_meets_a_worker_that_is_loading(kind: str) -> None:
 
 def used(server: LiveServer, worker: int) -> bool:
     """Whether ``worker`` has answered a request: it then has metrics of its own."""
-    environ = Path(f"/proc/{workers_of(server)[0]}/environ").read_bytes().split(b"\0")
+    process = workers_of(server)[worker - 1]
+    environ = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
     (folder,) = (
         line.partition(b"=")[2].decode()
         for line in environ
         if line.startswith(b"PROMETHEUS_MULTIPROC_DIR=")
     )
-    file = Path(folder) / f"counter_{worker}.db"
+    file = Path(folder) / f"counter_{process}.db"
     return file.exists() and b"/v1/embeddings" in file.read_bytes()
 
 
@@ -275,9 +276,8 @@ def test_a_worker_that_fails_at_its_supervisors_words(tmp_path: Path) -> None:
                 sys.executable,
                 "-m",
                 "embedding_server.serving.worker",
-                "1",
-                "0",
                 *map(str, descriptors),
+                "0",
             ],
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -349,8 +349,7 @@ def test_nothing_is_left_of_the_folder_of_metrics(tmp_path: Path) -> None:
         with under_way(server):
             server.process.send_signal(signal.SIGTERM)
             until(lambda: "draining" in server.log)
-            server.process.send_signal(signal.SIGTERM)
-            server.process.wait(20)
+            until(lambda: told_again(server, signal.SIGTERM))
     assert not list(tmp_path.iterdir())
 
 

@@ -40,7 +40,7 @@ def supervise() -> int:
 def work(arguments: Sequence[str]) -> int:
     """What ``python -m embedding_server.serving.worker`` does with ``arguments``."""
     if Path(os.environ.get(NONSENSE, "/nowhere")).exists():
-        with socket.socket(fileno=int(arguments[-1])) as control:
+        with socket.socket(fileno=int(arguments[1])) as control:
             control.sendall(b"failed {nonsense\n")
             time.sleep(60)
     return worker.main(*map(int, arguments))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""From settings to the exit code: one process that serves, or several and one that minds them."""
+"""``serve``: from settings to the exit code, in one process or in several."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ logger = logging.getLogger(__name__)
 
 
 def serve(settings: Settings) -> int:
-    """Serve until told to stop; the exit code is 0, or 128 and the signal that was sent twice.
+    """Serve until drained; the exit code is 0, or 128 and the second signal.
 
     Raises ConfigurationError if the address can't be listened on, the server isn't installed or
     a file of a setting can't be used, and ModelError if the models can't be served.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)  # until a loop minds them
+        signal.signal(number, _end)  # until an event loop handles them
     if hasattr(signal, "SIGHUP"):  # not on Windows
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what it would read is read now
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the files are read now
     for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
-        os.environ.pop(name, None)  # somebody else's: only a supervisor gives one to its workers
+        os.environ.pop(name, None)  # of another program: a supervisor sets its workers' own
     notifier = Notifier.from_environment()
     runner: Service | Supervisor
-    if settings.workers > 1:  # which needs none of what a service loads
+    if settings.workers > 1:  # a supervisor imports nothing of a service
         from embedding_server.serving.supervisor import Supervisor
 
         runner = Supervisor(settings, notifier)
     else:
         from embedding_server.serving.service import Service
 
-        runner = Service(settings, notifier=notifier)
+        runner = Service(settings, notifier)
     with listening(settings) as (listener, address):
         logger.info("listening on %s (API: /docs)", address)
         notifier.listening(address)

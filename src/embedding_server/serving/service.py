@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""One process that serves: its signals, its files that are read again, its end."""
+"""One process that serves: its start, its signals, the files that it reads again, and its end."""
 
 from __future__ import annotations
 
@@ -9,46 +9,34 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
 
 from embedding_server.app import create_app
 from embedding_server.errors import ConfigurationError
 from embedding_server.serving.notify import Notifier
 from embedding_server.serving.servers.base import ServerOptions, server_class
 from embedding_server.serving.servers.tls import ReloadableContext
-from embedding_server.serving.signals import mind_signals
+from embedding_server.serving.signals import handle_signals
 from embedding_server.settings import Settings
 
 __all__ = ["Service"]
 
 logger = logging.getLogger(__name__)
 
-# Net allocations between collections of garbage, against Python's own 700: a request leaves none
-# in circles, and looking for it took 4 % of a core (docs/performance.md).
+# Net allocations between garbage collections, 700 by default: a request leaves no reference cycles,
+# and looking for them took 4 % of a core (docs/performance.md).
 _GC_ALLOCATIONS = 5_000
 
 
 class Service:
     """The application under an ASGI server.
 
-    ``load_first``: accept connections when the models are loaded, as there are others who do;
-    ``on_start`` is called in the event loop before the first request, ``on_loaded`` when all
-    models are loaded; ``notifier`` tells the service manager. Raises ConfigurationError for what
-    ``settings`` can't mean, and ModelUnavailable for a --model that can't be understood.
+    With ``load_first`` connections are accepted when the models are loaded, as other processes
+    accept them meanwhile. Raises ConfigurationError for settings that can't work, and
+    ModelUnavailable for a --model that is malformed.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        load_first: bool = False,
-        on_start: Callable[[], None] = lambda: None,
-        on_loaded: Callable[[], None] = lambda: None,
-        notifier: Notifier | None = None,
-    ) -> None:
-        self._on_start = on_start
-        self._on_loaded = on_loaded
-        self._notifier = notifier or Notifier()
+    def __init__(self, settings: Settings, notifier: Notifier, *, load_first: bool = False) -> None:
+        self._notifier = notifier
         self._load_error: Exception | None = None
         make_server = server_class(settings.server)
         self._tls: ReloadableContext | None = None
@@ -62,9 +50,10 @@ class Service:
         self.app = create_app(
             settings,
             load_first=load_first,
-            on_loaded=self._loaded,
+            on_loaded=self.loaded,
             on_load_error=self._not_loaded,
         )
+        self._registry = self.app.state.registry
         self._server = make_server(self.app, ServerOptions.from_settings(settings, self._tls))
 
     def run(self, listener: socket.socket) -> int:
@@ -74,14 +63,13 @@ class Service:
         """
         gc.set_threshold(_GC_ALLOCATIONS)
         _allow_many_connections()
-        self._server.run(listener, self._start)
+        self._server.run(listener, self.started)
         code = 0
         if not self.app.state.condition.draining:
             logger.critical("the server has ended by itself; the lines above say why")
             code = 1
-        registry = self.app.state.registry
-        if registry.loading or registry.stuck:
-            # Its thread is in the middle of native code, which the interpreter's end would abort.
+        if self._registry.loading or self._registry.stuck:
+            # A thread runs native code, which a regular end of the interpreter would abort.
             if self._load_error is not None:
                 logger.critical("No model is served: %s", self._load_error)
                 code = 1
@@ -92,13 +80,13 @@ class Service:
         return code
 
     def drain(self) -> None:
-        """Turn readiness red, accept no connection any more, finish what is under way and end."""
+        """Turn readiness red, accept no more connections, finish what is under way and end."""
         self._notifier.stopping()
         self.app.state.condition.draining = True
         self._server.stop()
 
     def reload(self) -> None:
-        """Read API keys and certificates again; what can't be used is told, and the old goes on."""
+        """Read API keys and certificates again; files that can't be used are logged, not taken."""
         with self._notifier.reloading():
             self.app.state.api_keys.reload()
             if self._tls is not None:
@@ -108,16 +96,15 @@ class Service:
                 except ConfigurationError as error:
                     logger.error("The old TLS files stay in use. %s", error)
 
-    def _start(self) -> None:
-        mind_signals(drain=self.drain, cut=lambda: None, reload=self.reload)
-        registry = self.app.state.registry
-        self._notifier.watch(lambda: not (registry.hung or registry.dead))  # as /health/live
-        self._on_start()
+    def started(self) -> None:
+        """Run in the event loop before the first request."""
+        handle_signals(drain=self.drain, reload=self.reload)
+        self._notifier.watch(lambda: not (self._registry.hung or self._registry.dead))
 
-    def _loaded(self) -> None:
+    def loaded(self) -> None:
+        """Run when all models are loaded."""
         self._notifier.ready()
-        self._on_loaded()
-        # What lives as long as the process needn't be looked at in every collection of garbage.
+        # Objects that live as long as the process needn't be traversed by each garbage collection.
         gc.collect()
         gc.freeze()
 
@@ -127,12 +114,12 @@ class Service:
 
 
 def _allow_many_connections() -> None:
-    """Each takes a file descriptor; the soft limit is often a thousand and may be raised."""
+    """Raise the soft limit of file descriptors, often a thousand: each connection takes one."""
     if sys.platform == "win32":
         return
     import resource
 
-    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most if most != resource.RLIM_INFINITY else max(soft, 65536)
-    with contextlib.suppress(ValueError, OSError):  # the system may have a limit of its own
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65536)
+    with contextlib.suppress(ValueError, OSError):  # the system may allow less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What signals mean to a process that serves, or that minds those that do."""
+"""The signals of a process that serves, or that supervises those that do."""
 
 from __future__ import annotations
 
@@ -10,39 +10,41 @@ import signal
 import sys
 from collections.abc import Callable
 
-__all__ = ["mind_signals"]
+__all__ = ["handle_signals"]
 
 logger = logging.getLogger(__name__)
 
-# `timeout` signals the process and its group at once; at Ctrl-C, so do the terminal and a process
-# manager.
+# `timeout` signals the process and its group at once; so do a terminal and a process manager at
+# Ctrl-C. Within this time, two signals are one.
 _SAME_SECONDS = 0.5
 
 
-def mind_signals(
-    *, drain: Callable[[], None], cut: Callable[[], None], reload: Callable[[], None]
+def handle_signals(
+    *,
+    drain: Callable[[], None],
+    reload: Callable[[], None],
+    cut: Callable[[], None] = lambda: None,
 ) -> None:
-    """In the running event loop: SIGTERM and SIGINT ``drain``, a later one ends now after ``cut``.
+    """In the running event loop: SIGTERM and SIGINT call ``drain``, SIGHUP calls ``reload``.
 
-    The exit code is then 128 and the signal; within half a second it is the same one again. SIGHUP
-    calls ``reload``. On Windows, whose loops know no signals, it does nothing.
+    A later SIGTERM or SIGINT calls ``cut`` and ends the process now, with exit code 128 and the
+    signal. On Windows, whose event loops handle no signals, nothing changes.
     """
     if sys.platform == "win32":
         return
-    told_at: float | None = None
+    drained_at: float | None = None
 
     def end(number: int) -> None:
-        nonlocal told_at
-        if told_at is not None:
-            if loop.time() - told_at < _SAME_SECONDS:
-                return
-            logger.warning("told twice to end: requests under way are cut")
+        nonlocal drained_at
+        if drained_at is None:
+            drained_at = loop.time()
+            logger.info("draining: requests under way are finished")
+            drain()
+        elif loop.time() - drained_at >= _SAME_SECONDS:
+            logger.warning("a second signal to end: requests under way are cut")
             cut()
             logging.shutdown()
             os._exit(128 + number)
-        told_at = loop.time()
-        logger.info("draining: requests under way are finished")
-        drain()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

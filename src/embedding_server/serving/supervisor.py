@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""``--workers``: several processes behind one port; one that ends is replaced."""
+"""``--workers``: several processes that accept from one socket; one that ends is replaced."""
 
 from __future__ import annotations
 
@@ -20,65 +20,72 @@ from pathlib import Path
 
 from embedding_server.errors import ConfigurationError
 from embedding_server.serving.notify import Notifier
-from embedding_server.serving.signals import mind_signals
+from embedding_server.serving.signals import handle_signals
 from embedding_server.settings import Settings
 
 __all__ = ["Supervisor", "restart_wait"]
 
 logger = logging.getLogger(__name__)
 
-# A worker that has been ready for so long doesn't keep ending.
+# A worker that was ready for so long is not in a crash loop.
 _STEADY_SECONDS = 20.0
 
-# Waits before a worker that keeps ending is started again: doubled each time, and past so many
-# doublings over the longest. A float ends at some thousand of them.
+# The wait before a restart doubles with each end in a row, up to the longest. The exponent is
+# bounded as a float overflows at some thousand doublings.
 _FIRST_WAIT, _LONGEST_WAIT, _DOUBLINGS = 0.5, 30.0, 6
 
-# So many ends in a row are a crash loop: readiness says so.
+# So many ends in a row are a crash loop, which readiness reports.
 _LOOP = 3
 
-# Over --drain-timeout, in which a worker cuts what is under way and ends by itself.
+# After --drain-timeout, in which a worker cuts its requests and ends by itself.
 _KILL_SECONDS = 5.0
 
 
 @dataclass(slots=True)
-class _Worker:
+class _Slot:
+    """One of the workers: its process, and how those before it ended."""
+
     number: int
-    starts: int = 0
-    """Until now."""
     ends: int = 0
-    """In a row, none of which came late."""
+    """Ends in a row, without a steady process between."""
     was_ready: bool = False
-    """Ever."""
+    """Whether any of its processes was ever ready."""
     process: Process | None = None
+    last_process: int | None = None
+    """The id of the process that ended last."""
     control: asyncio.StreamWriter | None = None
     steady: asyncio.TimerHandle | None = None
 
-    def command(self, line: str) -> None:
+    def send(self, command: str) -> None:
         if self.control is not None and not self.control.is_closing():
-            self.control.write(line.encode() + b"\n")
+            self.control.write(command.encode() + b"\n")
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
 
 
 class Supervisor:
-    """Starts ``settings.workers`` processes that accept from one socket, and minds them.
+    """Starts ``settings.workers`` processes, and replaces those that end.
 
     Raises ConfigurationError on Windows.
     """
 
     def __init__(self, settings: Settings, notifier: Notifier) -> None:
         if sys.platform == "win32":
-            raise ConfigurationError("--workers can't be had on Windows: leave it out.")
+            raise ConfigurationError("--workers is not available on Windows: leave it out.")
         self._settings = settings
         self._notifier = notifier
-        self._workers = [_Worker(number) for number in range(1, settings.workers + 1)]
+        self._slots = [_Slot(number) for number in range(1, settings.workers + 1)]
         self._draining = asyncio.Event()
-        self._wake = asyncio.Event()  # ends the waits of all
-        self._failure: str | None = None  # why none can serve
+        self._wake = asyncio.Event()  # ends the waits of all slots
+        self._failure: str | None = None  # why no worker can serve
 
     def run(self, listener: socket.socket) -> int:
-        """Keep the workers running until told to stop; the exit code.
+        """Keep the workers running until drained; the exit code.
 
-        Raises ConfigurationError if they can't be started at all.
+        Raises ConfigurationError if no worker can serve.
         """
         try:
             metrics = tempfile.TemporaryDirectory(prefix="embedding-server-")
@@ -92,15 +99,15 @@ class Supervisor:
             return asyncio.run(self._run(listener))
 
     async def _run(self, listener: socket.socket) -> int:
-        mind_signals(drain=self._draining.set, cut=self._cut, reload=self._reload)
-        keepers = [asyncio.create_task(self._keep(worker, listener)) for worker in self._workers]
+        handle_signals(drain=self._draining.set, reload=self._reload, cut=self._cut)
+        keepers = [asyncio.create_task(self._keep(slot, listener)) for slot in self._slots]
         self._notifier.watch(lambda: True)  # a worker that hangs is replaced from here
         await self._draining.wait()
         self._notifier.stopping()
         self._wake.set()
         listener.close()
-        for worker in self._workers:
-            worker.command("drain")
+        for slot in self._slots:
+            slot.send("drain")
         _, late = await asyncio.wait(keepers, timeout=self._settings.drain_timeout + _KILL_SECONDS)
         if late:
             logger.error("%d workers did not end in time, and are killed", len(late))
@@ -110,148 +117,160 @@ class Supervisor:
             raise ConfigurationError(self._failure)
         return 0
 
-    async def _keep(self, worker: _Worker, listener: socket.socket) -> None:
-        """Run ``worker``, again and again, whatever happens to it or to its supervision."""
+    async def _keep(self, slot: _Slot, listener: socket.socket) -> None:
+        """Run a worker in ``slot`` again and again, whatever happens to it or its supervision."""
         while not self._draining.is_set():
             try:
-                end = _describe(await self._run_once(worker, listener))
-            except OSError as error:  # no memory, process or descriptor is available now
+                end = _describe(await self._run_once(slot, listener))
+            except OSError as error:  # memory, processes or descriptors have run out
                 end = f"no process ({error.strerror})"
             except Exception:
-                logger.exception("supervising worker %d failed", worker.number)
+                logger.exception("supervising worker %d failed", slot.number)
                 end = "an error of its supervisor"
             if self._draining.is_set():
                 return
             if self._failure is not None:
-                self._draining.set()  # nothing would be better the next time
+                self._draining.set()  # a restart would fail, too
                 return
-            wait = restart_wait(worker.ends)
+            wait = restart_wait(slot.ends)
             logger.error(
-                "worker %d ended with %s; it is started again in %g s",
-                *(worker.number, end, wait),
+                "worker %d ended with %s; it is started again in %g s", slot.number, end, wait
             )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), wait)
 
-    async def _run_once(self, worker: _Worker, listener: socket.socket) -> int:
-        """Run ``worker`` from its start to its end; its exit code.
+    async def _run_once(self, slot: _Slot, listener: socket.socket) -> int:
+        """Run one process of ``slot`` from its start to its end; the exit code.
 
-        Its process does not outlive the call, whatever is raised.
+        The process does not outlive the call, whatever is raised.
         """
         try:
-            reader = await self._start(worker, listener)
-            assert worker.process is not None
-            with contextlib.suppress(ConnectionError):  # it was killed
-                async for line in reader:
-                    self._hear(worker, line.decode().strip())
-            limit = self._settings.drain_timeout + _KILL_SECONDS
+            process, messages = await self._start(slot, listener)
+            with contextlib.suppress(ConnectionError):  # the process was killed
+                async for line in messages:
+                    self._receive(slot, process, line.decode().strip())
             try:
-                return await asyncio.wait_for(worker.process.wait(), limit)
+                async with asyncio.timeout(self._settings.drain_timeout + _KILL_SECONDS):
+                    return await process.wait()
             except TimeoutError:
-                logger.error("worker %d does not listen any more, and is killed", worker.number)
-                worker.process.kill()
-                return await worker.process.wait()
+                logger.error("worker %d does not listen any more, and is killed", slot.number)
+                slot.kill()
+                return await process.wait()
         finally:
-            worker.ends += 1
-            process, worker.process = worker.process, None
-            if process is not None and process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-            if worker.steady is not None:
-                worker.steady.cancel()
-            if worker.control is not None:
-                worker.control.close()
-            _forget_gauges(worker, self._metrics)
-            self._tell_siblings()
+            await self._clear(slot)
 
-    async def _start(self, worker: _Worker, listener: socket.socket) -> asyncio.StreamReader:
-        """Start the process of ``worker``; what it writes."""
+    async def _start(
+        self, slot: _Slot, listener: socket.socket
+    ) -> tuple[Process, asyncio.StreamReader]:
+        """Start a process in ``slot``; return it and the messages that it sends."""
         ours, theirs = socket.socketpair()
         with theirs, contextlib.ExitStack() as undo:
             undo.callback(ours.close)
             descriptors = (listener.fileno(), theirs.fileno())
-            worker.process = await asyncio.create_subprocess_exec(
+            again = int(slot.last_process is not None)
+            process = slot.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "embedding_server.serving.worker"),
-                *(str(number) for number in (worker.number, worker.starts, *descriptors)),
+                *(str(number) for number in (*descriptors, again)),
                 stdin=PIPE,
                 pass_fds=descriptors,
                 env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)},
             )
             undo.pop_all()
-        worker.starts += 1
-        reader, worker.control = await asyncio.open_connection(sock=ours)
-        assert worker.process.stdin is not None
-        worker.process.stdin.write(pickle.dumps(dict(self._settings)))
-        worker.process.stdin.close()
-        self._tell_siblings()
-        if self._draining.is_set():  # since it was begun
-            worker.command("drain")
-        return reader
+        messages, slot.control = await asyncio.open_connection(sock=ours)
+        if slot.last_process is not None:
+            _hand_on_counts(self._metrics, slot.last_process, process.pid)
+        assert process.stdin is not None
+        process.stdin.write(pickle.dumps(dict(self._settings)))
+        process.stdin.close()
+        self._report_siblings()
+        if self._draining.is_set():  # since this start began
+            slot.send("drain")
+        return process, messages
 
-    def _hear(self, worker: _Worker, line: str) -> None:
-        what, _, message = line.partition(" ")
-        if what == "ready":
-            worker.was_ready = True
-            assert worker.process is not None
+    def _receive(self, slot: _Slot, process: Process, line: str) -> None:
+        kind, _, message = line.partition(" ")
+        if kind == "ready":
+            slot.was_ready = True
             loop = asyncio.get_running_loop()
-            worker.steady = loop.call_later(_STEADY_SECONDS, self._steady, worker)
-            logger.info("worker %d is ready (process %d)", worker.number, worker.process.pid)
-            self._tell_siblings()
-            if all(other.was_ready for other in self._workers):
+            slot.steady = loop.call_later(_STEADY_SECONDS, self._forgive, slot)
+            logger.info("worker %d is ready (process %d)", slot.number, process.pid)
+            self._report_siblings()
+            if all(other.was_ready for other in self._slots):
                 self._notifier.ready()
-        elif what == "failed":
+        elif kind == "failed":
             reason = json.loads(message)
-            running = [other for other in self._workers if other.process and other is not worker]
-            if running and any(other.was_ready for other in self._workers):
-                logger.error("worker %d can't serve: %s", worker.number, reason)
-            else:  # who restarts the server must know that nobody answers any more
+            running = [other for other in self._slots if other.process and other is not slot]
+            if running and any(other.was_ready for other in self._slots):
+                logger.error("worker %d can't serve: %s", slot.number, reason)
+            else:  # end, so that whatever restarts the server notices that no worker is left
                 self._failure = reason
 
-    def _steady(self, worker: _Worker) -> None:
-        worker.ends = 0
-        self._tell_siblings()
+    async def _clear(self, slot: _Slot) -> None:
+        """Note the end of the process in ``slot``; kill it if it runs."""
+        slot.ends += 1
+        if slot.process is not None:
+            slot.kill()
+            await slot.process.wait()
+            slot.last_process, slot.process = slot.process.pid, None
+            _remove_live_gauges(self._metrics, slot.last_process)
+        if slot.steady is not None:
+            slot.steady.cancel()
+        if slot.control is not None:
+            slot.control.close()
+        self._report_siblings()
+
+    def _forgive(self, slot: _Slot) -> None:
+        slot.ends = 0
+        self._report_siblings()
+
+    def _report_siblings(self) -> None:
+        """Have each worker's readiness name those that were never ready or keep ending."""
+        problems = []
+        for slot in self._slots:
+            name = f"worker {slot.number} of {len(self._slots)}"
+            if slot.ends >= _LOOP:
+                problems.append(f"{name} has ended {slot.ends} times in a row")
+            elif not slot.was_ready:
+                problems.append(f"{name} is starting")
+        report = json.dumps("; ".join(problems))
+        for slot in self._slots:
+            slot.send(f"siblings {report}")
+
+    def _reload(self) -> None:
+        self._wake.set()  # a fault that kept a worker from starting may be repaired
+        self._wake.clear()
+        with self._notifier.reloading():  # until the workers are told
+            for slot in self._slots:
+                slot.send("reload")
+
+    def _kill(self) -> None:
+        for slot in self._slots:
+            slot.kill()
 
     def _cut(self) -> None:
         self._kill()
         shutil.rmtree(self._metrics, ignore_errors=True)
 
-    def _reload(self) -> None:
-        self._wake.set()  # what kept a worker from starting may be mended
-        self._wake.clear()
-        with self._notifier.reloading():  # until they are told
-            for worker in self._workers:
-                worker.command("reload")
-
-    def _kill(self) -> None:
-        for worker in self._workers:
-            if worker.process is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    worker.process.kill()
-
-    def _tell_siblings(self) -> None:
-        """Let every worker's readiness say which of them was never ready, or keeps ending."""
-        problems = []
-        for worker in self._workers:
-            name = f"worker {worker.number} of {len(self._workers)}"
-            if worker.ends >= _LOOP:
-                problems.append(f"{name} has ended {worker.ends} times in a row")
-            elif not worker.was_ready:
-                problems.append(f"{name} is starting")
-        told = "; ".join(problems)
-        for worker in self._workers:
-            worker.command(f"siblings {json.dumps(told)}")
-
-
-def _forget_gauges(worker: _Worker, metrics: Path) -> None:
-    """What it had in hand is gone; what it has counted stays, and its successor goes on."""
-    for file in metrics.glob(f"gauge_live*_{worker.number}.db"):
-        file.unlink(missing_ok=True)
-
 
 def restart_wait(ends: int) -> float:
     """Seconds before a worker is started again that has ended ``ends`` times in a row."""
     return min(_FIRST_WAIT * 2.0 ** min(ends - 1, _DOUBLINGS), _LONGEST_WAIT)
+
+
+def _remove_live_gauges(metrics: Path, process: int) -> None:
+    """Remove the gauges of ``process``, which has ended: the requests it served are lost."""
+    from prometheus_client.multiprocess import mark_process_dead  # needed only after an end
+
+    mark_process_dead(process, str(metrics))  # type: ignore[no-untyped-call]
+
+
+def _hand_on_counts(metrics: Path, ended: int, successor: int) -> None:
+    """Let ``successor`` go on counting in the files of ``ended``, so that files don't pile up.
+
+    ``tests/libraries/test_prometheus_client.py`` holds how the files are named.
+    """
+    for file in metrics.glob(f"*_{ended}.db"):
+        file.rename(file.with_name(file.name.replace(f"_{ended}.db", f"_{successor}.db")))
 
 
 def _describe(code: int) -> str:

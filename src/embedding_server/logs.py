@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Log lines for people, or as JSON objects for collectors."""
+"""Log lines as text for people, or as JSON for collectors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["set_up_logging"]
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
-        told = "".join(f" {key}={value}" for key, value in fields.items())
+        pairs = "".join(f" {key}={value}" for key, value in fields.items())
         when = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{when} {record.levelname.lower():<8} {record.getMessage()}{told}"
+        line = f"{when} {record.levelname.lower():<8} {record.getMessage()}{pairs}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -38,8 +38,8 @@ class _Json(logging.Formatter):
 
 
 def set_up_logging(format: Literal["text", "json"], level: str) -> None:
-    """Send this package's log, and warnings of all others, to stderr."""
-    # What no line of ours tells need not be found out for each (the logging HOWTO's advice).
+    """Send this package's log, and warnings of all others, to stderr: for programs alone."""
+    # No line shows these, so none is looked up (the logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
     handler = logging.StreamHandler(sys.stderr)

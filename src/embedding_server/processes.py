@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What the system tells of the server's processes, together: processor time, memory, descriptors.
+"""The processor time, memory and file descriptors of a server's processes, added up.
 
 The names are those of every Prometheus client library
 (https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics).
@@ -28,10 +28,10 @@ PROCESS_METRICS = {
 
 
 class Processes(Collector):
-    """``PROCESS_METRICS`` as Linux' /proc tells them at each scrape; elsewhere there are none."""
+    """Reads ``PROCESS_METRICS`` from Linux' /proc at each scrape; elsewhere there are none."""
 
     supervisor: int | None = None
-    """Who minds this process and its siblings, with ``--workers``."""
+    """The process id of the supervisor, with ``--workers``."""
 
     def collect(self) -> Iterator[Metric]:
         first = self.supervisor or os.getpid()
@@ -51,16 +51,16 @@ class Processes(Collector):
 
 
 def _values_of(process: int) -> dict[str, float]:
-    """Its samples by their names; none if there is no such process, or no /proc."""
+    """Samples of ``process`` by name; none if there is no such process, or no /proc."""
     families = ProcessCollector(pid=lambda: process, registry=None).collect()
     return {sample.name: sample.value for family in families for sample in family.samples}
 
 
 def _add(values: dict[str, float], others: Mapping[str, float]) -> None:
-    """Add those of a further process; one that has just ended has none."""
+    """Add the samples of another process; one that has just ended has none."""
     for name in ("process_cpu_seconds_total", "process_resident_memory_bytes"):
         values[name] += others.get(name, 0.0)
-    # The limit is each process' own: sums would hide one that has reached it.
+    # Each process has a limit: a sum would hide one that has reached it.
     if _fullness(others) > _fullness(values):
         for name in ("process_open_fds", "process_max_fds"):
             values[name] = others[name]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Every metric, named in one place; label values are routes of ours and served models only."""
+"""Every metric, one row each; label values are only our routes and served models."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
@@ -12,9 +13,9 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
-    disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from embedding_server.processes import PROCESS_METRICS, Processes
@@ -39,12 +40,12 @@ class Metric:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] | None = None
     over_processes: Literal["livesum", "max", "mostrecent"] = "livesum"
-    """What a gauge is, over all processes of a server."""
+    """How the gauges of a server's processes are combined."""
 
     @property
     def family(self) -> str:
         """The name in Prometheus' text format, before ``_total`` or ``_bucket``."""
-        # The names that every client library gives to what the system tells of a process.
+        # Every client library gives these names to the figures of a process.
         standard = self.name.startswith("process_")
         return self.name if standard else f"embedding_server_{self.name}"
 
@@ -87,7 +88,7 @@ _COUNTED: tuple[Metric, ...] = (
     Metric("batch_size", "histogram", "Inputs in a batch.", ("model",), _SIZES),
     Metric("batch_tokens", "histogram", "Tokens in a batch, without padding.", ("model",), _TOKENS),
     Metric(
-        "padding_tokens", "counter", "Padding tokens that the linear layers computed in vain.",
+        "padding_tokens", "counter", "Padding tokens that the linear layers computed.",
         ("model",),
     ),
     Metric("failed_batches", "counter", "Batches that failed in the backend.", ("model",)),
@@ -111,7 +112,7 @@ _COUNTED: tuple[Metric, ...] = (
     ),
     Metric("worker_restarts", "counter", "Workers that ended and were started again."),
     Metric(
-        "model_info", "gauge", "Always 1; the labels tell what is served.",
+        "model_info", "gauge", "Always 1; the labels describe the served model.",
         ("model", "backend", "revision", "dims", "max_tokens"), over_processes="max",
     ),
 )  # fmt: skip
@@ -131,7 +132,7 @@ METRICS: tuple[Metric, ...] = (*_COUNTED, *_OF_PROCESSES)
 
 @dataclass(frozen=True, slots=True)
 class ModelMetrics:
-    """One model's metrics with the label already bound, for the hot path."""
+    """One model's metrics with the label bound, for the hot path."""
 
     tokenize_duration: Histogram
     queue_duration: Histogram
@@ -152,7 +153,7 @@ class ModelMetrics:
 
     @classmethod
     def uncounted(cls) -> Self:
-        """Metrics that keep no count: those of an engine that no request reaches."""
+        """Metrics that count nothing, for an engine that no request reaches."""
         nothing: Any = _Uncounted()
         return cls(**{metric.name: nothing for metric in fields(cls)})
 
@@ -165,67 +166,64 @@ class _Uncounted:
     def observe(self, amount: float) -> None: ...
 
 
-class Telemetry:
-    """One registry with every metric of one server.
+class _Registry(CollectorRegistry):
+    """A registry without the ``_created`` series, which would double the page.
 
-    With the variable ``PROMETHEUS_MULTIPROC_DIR``, which is to be set before this module is
-    imported, values stand in files of that folder, and ``exposition`` adds up over all processes
-    that use it.
+    The library's own switch holds for the whole process, where others may have metrics.
+    """
+
+    def collect(self) -> Iterator[Family]:
+        for family in super().collect():
+            family.samples = [s for s in family.samples if not s.name.endswith("_created")]
+            yield family
+
+
+class Telemetry:
+    """The registry and the metrics of one server.
+
+    In a process that was started with the variable ``PROMETHEUS_MULTIPROC_DIR``, values are kept in
+    files of that folder, and ``exposition`` adds them up over all processes that use it.
     """
 
     def __init__(self) -> None:
-        # A *_created series beside each counter doubles the page and tells nobody anything.
-        disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry = CollectorRegistry()
-        self._metrics = {row.name: _create(row, self.registry) for row in _COUNTED}
+        self.registry: CollectorRegistry = _Registry()
+        self._metrics: dict[str, Any] = {row.name: _create(row, self.registry) for row in _COUNTED}
         self._finished: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._processes = Processes()
         self.registry.register(self._processes)
-        self.ready = self._gauge("ready")
-        self.in_flight = self._gauge("requests_in_flight")
+        self.ready: Gauge = self._metrics["ready"]
+        self.in_flight: Gauge = self._metrics["requests_in_flight"]
 
     def for_model(self, name: str) -> ModelMetrics:
         """The metrics of the served model ``name``."""
-        return ModelMetrics(
-            tokenize_duration=self._histogram("tokenize_duration_seconds").labels(name),
-            queue_duration=self._histogram("queue_duration_seconds").labels(name),
-            inference_duration=self._histogram("inference_duration_seconds").labels(name),
-            tokens=self._counter("tokens").labels(name),
-            inputs=self._counter("inputs").labels(name),
-            truncated_inputs=self._counter("truncated_inputs").labels(name),
-            batch_size=self._histogram("batch_size").labels(name),
-            batch_tokens=self._histogram("batch_tokens").labels(name),
-            padding_tokens=self._counter("padding_tokens").labels(name),
-            failed_batches=self._counter("failed_batches").labels(name),
-            timed_out_batches=self._counter("timed_out_batches").labels(name),
-            out_of_memory=self._counter("out_of_memory").labels(name),
-            queue_requests=self._gauge("queue_requests").labels(name),
-            queue_tokens=self._gauge("queue_tokens").labels(name),
-            queue_requests_limit=self._gauge("queue_requests_limit").labels(name),
-            queue_tokens_limit=self._gauge("queue_tokens_limit").labels(name),
-        )
+        bound = {
+            row.name.removesuffix("_seconds"): self._metrics[row.name].labels(name)
+            for row in _COUNTED
+            if row.labels == ("model",)
+        }
+        return ModelMetrics(**bound)
 
     def model_loaded(
         self, name: str, *, backend: str, revision: str | None, dims: int, max_tokens: int
     ) -> None:
-        """Say in ``model_info`` that ``name`` is served, and how."""
+        """Set ``model_info`` of the served model ``name``."""
         labels = (name, backend, revision or "", str(dims), str(max_tokens))
-        self._gauge("model_info").labels(*labels).set(1)
+        self._metrics["model_info"].labels(*labels).set(1)
 
     def runs_in_worker(self, *, supervisor: int, again: bool) -> None:
-        """One of those that ``supervisor`` minds; ``again``: in the place of one that ended."""
+        """Count for a worker of ``supervisor``; ``again`` if it replaces one that ended."""
         self._processes.supervisor = supervisor
         if again:
-            self._counter("worker_restarts").inc()
+            self._metrics["worker_restarts"].inc()
 
     def request_finished(self, *, route: str, model: str, status: int, seconds: float) -> None:
-        """Count one answered request; ``route`` is a template of ours, ``model`` a served name."""
+        """Count one answered request; ``route`` is a template, ``model`` a served name."""
         key = (route, model, status)
         found = self._finished.get(key)
-        if found is None:  # looking up a label takes longer than counting
+        if found is None:  # a label's lookup takes longer than the count
             found = self._finished[key] = (
-                self._counter("requests").labels(route, model, str(status)),
-                self._histogram("request_duration_seconds").labels(route, model),
+                self._metrics["requests"].labels(route, model, str(status)),
+                self._metrics["request_duration_seconds"].labels(route, model),
             )
         requests, duration = found
         requests.inc()
@@ -233,13 +231,13 @@ class Telemetry:
 
     def error_answered(self, code: str) -> None:
         """Count one error answer by its ``code``."""
-        self._counter("errors").labels(code).inc()
+        self._metrics["errors"].labels(code).inc()
 
     @property
     def queued_tokens(self) -> float:
-        """Tokens that wait for a batch, of all models."""
-        families = self._gauge("queue_tokens").collect()
-        return sum(sample.value for family in families for sample in family.samples)
+        """Tokens waiting for a batch, of all models."""
+        gauge: Gauge = self._metrics["queue_tokens"]
+        return sum(sample.value for family in gauge.collect() for sample in family.samples)
 
     def exposition(self) -> tuple[bytes, str]:
         """``(body, content type)`` in Prometheus' text format."""
@@ -249,21 +247,6 @@ class Telemetry:
             MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
             registry.register(self._processes)
         return generate_latest(registry), "text/plain; version=0.0.4; charset=utf-8"
-
-    def _counter(self, name: str) -> Counter:
-        metric = self._metrics[name]
-        assert isinstance(metric, Counter)
-        return metric
-
-    def _gauge(self, name: str) -> Gauge:
-        metric = self._metrics[name]
-        assert isinstance(metric, Gauge)
-        return metric
-
-    def _histogram(self, name: str) -> Histogram:
-        metric = self._metrics[name]
-        assert isinstance(metric, Histogram)
-        return metric
 
 
 def _create(row: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:

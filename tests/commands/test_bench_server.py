@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models as tiny
-from live import LiveServer, environment, run_cli, running_server
+from live import LiveServer, environment, interruptible, run_cli, running_server
 from stand_in import Reply, running_stand_in
 
 from embedding_server.cli import build_parser
@@ -184,7 +184,7 @@ def test_its_server_takes_flags_and_keeps_secrets(model: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_its_server_ends_with_it(model: str, number: int) -> None:
     command = [sys.executable, "-m", "embedding_server.cli", "bench", "--model", model]
-    process = subprocess.Popen(
+    process = interruptible(
         [*command, "--duration", "60"], env=environment(), stderr=subprocess.DEVNULL
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import tiny_models as tiny
-from live import environment, run_cli
+from live import environment, interruptible, run_cli
 from numpy.typing import NDArray
 
 from embedding_server import Embedder
@@ -356,7 +356,7 @@ def test_nothing_is_told_where_nothing_was_cut(model: str) -> None:
 
 def start(model: str, *arguments: str, **options: object) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "embedding_server.cli", "embed", "--model", model]
-    return subprocess.Popen([*command, *arguments], env=environment(), **options)  # type: ignore[call-overload,no-any-return]
+    return interruptible([*command, *arguments], env=environment(), **options)
 
 
 def test_a_reader_that_has_seen_enough(model: str, tmp_path: Path) -> None:
@@ -432,8 +432,6 @@ def test_a_signal_leaves_nothing_behind(
         *("-o", str(output)),
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # A shell's background jobs ignore it, and so would their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdin is not None
     process.stdin.write(lines("river") * 3000)
@@ -481,7 +479,7 @@ def test_ctrl_c_ends_at_once(tmp_path: Path) -> None:
         "all-MiniLM-L6-v2",
         str(many),
     ]
-    process = subprocess.Popen(
+    process = interruptible(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     assert process.stdout is not None

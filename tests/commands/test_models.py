@@ -20,7 +20,7 @@ import httpx
 import pytest
 import tiny_models as tiny
 from hub_standin import HubStandIn
-from live import environment, run_cli, running_server, sentence
+from live import environment, interruptible, run_cli, running_server, sentence
 from minilm import minilm_folder
 
 from embedding_server import Embedder
@@ -330,13 +330,11 @@ def test_ctrl_c_does_not_wait_for_a_download(
     with HubStandIn({"org/name": tiny_folder}, hangs={"model.safetensors"}) as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
         with log.open("wb") as stderr:
-            process = subprocess.Popen(
+            process = interruptible(
                 [sys.executable, "-m", "embedding_server.cli", *command, "--model", "org/name"],
                 env=environment(env),
                 stdin=subprocess.DEVNULL,
                 stderr=stderr,
-                # A shell's background jobs ignore it, and so would their children.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         deadline = time.monotonic() + 60
         while not hub.asked(part="model.safetensors") and time.monotonic() < deadline:

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -57,6 +58,13 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment without settings of ours, and with no way to a real hub."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("EMBEDDING_SERVER_", "HF_"))}
     return {**kept, "HF_HUB_OFFLINE": "1", **(extra or {})}
+
+
+def interruptible(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start ``command`` with SIGINT as in a terminal: a shell's background jobs ignore it."""
+    return subprocess.Popen(
+        command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options
+    )
 
 
 @contextmanager

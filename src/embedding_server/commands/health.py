@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Asks a server on this machine whether it is ready: the health check of a container."""
+"""``health``: ask a server on this machine whether it is ready, as a container's check does."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
 def check_health(settings: Settings) -> int:
-    """Ask the server with these settings, and print what it says; 0 if it is ready, else 1.
+    """Ask the server with these settings, and print its answer; 0 if it is ready, else 1.
 
-    Raises ConfigurationError if it can't be asked.
+    Raises ConfigurationError for settings that leave no way to ask.
     """
     if settings.tls_client_ca is not None:
         raise ConfigurationError(
-            "With --tls-client-ca only clients with a certificate come in, which a health check "
-            "has not: switch it off (docker run --no-healthcheck)."
+            "With --tls-client-ca the server admits only clients with a certificate, and the "
+            "health check has none: switch it off (docker run --no-healthcheck)."
         )
     if settings.uds is None and settings.port == 0:
-        raise ConfigurationError("The server is anywhere with --port 0: give the port it has.")
+        raise ConfigurationError(
+            "With --port 0 the operating system picks the port: give the port that it picked."
+        )
     try:
-        status, told = _ask(settings)
+        status, answer = _ask(settings)
     except (OSError, HTTPException) as error:
         place = settings.uds or f"{settings.host} port {settings.port}"
-        status, told = 0, f"no answer at {place}: {error}"
-    sys.stdout.write(f"{told}\n")
+        status, answer = 0, f"no answer at {place}: {error}"
+    sys.stdout.write(f"{answer}\n")
     return 0 if status == 200 else 1
 
 
@@ -44,8 +46,8 @@ def _ask(settings: Settings) -> tuple[int, str]:
         connection.sock = stream
         connection.request("GET", "/health/ready")
         answer = connection.getresponse()
-        told = answer.read().decode(errors="replace")
-        return answer.status, told or f"an empty answer of status {answer.status}"
+        body = answer.read().decode(errors="replace")
+        return answer.status, body or f"an empty answer of status {answer.status}"
 
 
 def _connect(settings: Settings) -> socket.socket:
@@ -58,7 +60,7 @@ def _connect(settings: Settings) -> socket.socket:
         stream = socket.create_connection((host, settings.port), _SECONDS)
     if settings.tls_cert is None:
         return stream
-    # The certificate is for the name that clients know, and whose it is matters to them.
+    # The certificate is for the name that clients use; they check it.
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

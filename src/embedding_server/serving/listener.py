@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The socket that requests come in by, had before models are loaded: a taken port fails at once."""
+"""The listening socket, opened before models are loaded: a port in use is reported at once."""
 
 from __future__ import annotations
 
@@ -19,31 +19,33 @@ __all__ = ["listening"]
 
 _BACKLOG = 2048
 
-# The first descriptor of those that sd_listen_fds(3) hands over.
+# The first file descriptor that sd_listen_fds(3) hands over.
 _FIRST_HANDED = 3
 
 
 @contextmanager
 def listening(settings: Settings) -> Iterator[tuple[socket.socket, str]]:
-    """A listening socket as ``settings`` want it, and its address for people.
+    """Yield a listening socket for ``settings``, and its address as a URL.
 
-    One that systemd listens on for this process is taken instead of one of our own. Raises
-    ConfigurationError if the address can't be listened on, or what was handed over can't be used.
+    A socket that systemd hands over to this process is used instead of a new one. Raises
+    ConfigurationError if the address can't be listened on, or the socket can't be used.
     """
-    made = None
+    made: os.stat_result | None = None
     listener = _handed_over(settings)
     if listener is None and settings.uds is not None:
         listener = _listen_on_file(settings.uds)
-        made = _identity(settings.uds)
+        made = settings.uds.stat()
     elif listener is None:
         listener = _listen_on_port(settings.host, settings.port)
     try:
         with listener:
             yield listener, _address(listener, settings)
     finally:
-        # Another server may have replaced it, once this one took no connection any more.
-        if made is not None and settings.uds is not None and made == _identity(settings.uds):
-            settings.uds.unlink()
+        if made is not None and settings.uds is not None:
+            # Another server may have replaced the file since this one stopped accepting.
+            with contextlib.suppress(OSError):
+                if os.path.samestat(made, settings.uds.stat()):
+                    settings.uds.unlink()
 
 
 def _address(listener: socket.socket, settings: Settings) -> str:
@@ -58,9 +60,9 @@ def _address(listener: socket.socket, settings: Settings) -> str:
 
 
 def _handed_over(settings: Settings) -> socket.socket | None:
-    """The socket that a service manager listens on for this process, after sd_listen_fds(3).
+    """Return the socket that a service manager hands over, as sd_listen_fds(3) describes.
 
-    The variables that tell of it are taken out, as they are not for children.
+    Its variables are taken out of the environment: they are not for children.
     """
     pid, count, names = (os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES"))
     if pid != str(os.getpid()) or count == "0":
@@ -89,7 +91,7 @@ def _handed_over(settings: Settings) -> socket.socket | None:
 
 
 def _unfit(listener: socket.socket) -> str | None:
-    """Why it can't be served on."""
+    """Return why ``listener`` can't be used, or None."""
     if listener.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
         return f"is neither a TCP nor a Unix socket, but of family {listener.family}"
     if listener.type != socket.SOCK_STREAM:
@@ -101,12 +103,12 @@ def _unfit(listener: socket.socket) -> str | None:
 
 def _listen_on_port(host: str, port: int) -> socket.socket:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
+        family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except socket.gaierror as error:
         raise ConfigurationError(f"--host {host!r} is no address here: {error.strerror}.") from None
-    listener = socket.socket(family, kind, protocol)
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -122,8 +124,14 @@ def _listen_on_port(host: str, port: int) -> socket.socket:
 
 
 def _listen_on_file(file: Path) -> socket.socket:
-    """A Unix socket, whose permissions follow the umask; what a dead server left is replaced."""
-    _clear(file)
+    """Listen on a Unix socket with the permissions of the umask; replace one of a dead server."""
+    try:
+        if not stat.S_ISSOCK(file.stat().st_mode):
+            raise ConfigurationError(f"--uds: {file} is there already, and is no socket.")
+    except OSError:
+        pass  # there is no such file, or binding says why it can't be used
+    else:
+        _remove_if_dead(file)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(str(file))
@@ -136,27 +144,13 @@ def _listen_on_file(file: Path) -> socket.socket:
     return listener
 
 
-def _identity(file: Path) -> tuple[int, int] | None:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _clear(file: Path) -> None:
-    try:
-        if not stat.S_ISSOCK(file.stat().st_mode):
-            raise ConfigurationError(f"--uds: {file} is there already, and is no socket.")
-    except OSError:
-        return  # it isn't there; if it can't be, binding says so
+def _remove_if_dead(file: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         try:
             client.connect(str(file))
         except ConnectionRefusedError:
-            with contextlib.suppress(FileNotFoundError):
-                file.unlink()
-            return
+            file.unlink(missing_ok=True)
         except OSError:
-            return
-    raise ConfigurationError(f"--uds: another server listens on {file}.")
+            pass  # binding says why
+        else:
+            raise ConfigurationError(f"--uds: another server listens on {file}.")

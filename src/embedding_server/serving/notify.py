@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Tells the service manager what the server is at, in the datagrams of sd_notify(3)."""
+"""Reports the state of the server to the service manager, in the datagrams of sd_notify(3)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["Notifier"]
 
 logger = logging.getLogger(__name__)
 
-# For a manager that doesn't read what it is told, in the event loop.
+# How long a manager that reads no datagrams may hold up the event loop.
 _SEND_SECONDS = 1.0
 
 
 class Notifier:
-    """To whom ``NOTIFY_SOCKET`` names; without it, as in a test or a worker, to nobody.
+    """Reports to the socket ``address``; without one, as in a test or a worker, to none.
 
-    ``watchdog`` is in seconds: hearing nothing for longer, the manager restarts the server.
+    A manager that hears nothing for ``watchdog`` seconds restarts the server.
     """
 
     def __init__(self, address: str | None = None, watchdog: float | None = None) -> None:
@@ -33,31 +33,32 @@ class Notifier:
 
     @classmethod
     def from_environment(cls) -> Notifier:
-        """As the manager wants it; its variables are taken out, as they are not for children."""
+        """Take the manager's variables out of the environment: they are not for children."""
         address = os.environ.pop("NOTIFY_SOCKET", "")
-        usec, pid = (os.environ.pop(f"WATCHDOG_{name}", "") for name in ("USEC", "PID"))
+        usec = os.environ.pop("WATCHDOG_USEC", "")
+        pid = os.environ.pop("WATCHDOG_PID", "")
         if not address:
             return cls()
         if address[0] not in "/@":
-            logger.warning("NOTIFY_SOCKET=%s names no Unix socket: nobody is told", address)
+            logger.warning("NOTIFY_SOCKET=%s is not a Unix socket: nothing is reported", address)
             return cls()
         watched = usec.isdecimal() and int(usec) > 0 and pid in ("", str(os.getpid()))
         return cls(address, int(usec) / 1e6 if watched else None)
 
     def listening(self, address: str) -> None:
-        """The socket is there, and models are loaded."""
+        """The server listens on ``address``, and loads its models."""
         self._serving = f"STATUS=serving on {address}"
         self._send(f"STATUS=loading models; listening on {address}")
 
     def ready(self) -> None:
-        """All models are loaded; told once."""
+        """All models are loaded; reported once."""
         if self._state == "starting":
             self._state = "ready"
             self._send("READY=1", self._serving)
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
-        """Around reading files again; nothing is told of it while the server starts or ends."""
+        """Files are read again in the body; not reported while the server starts or ends."""
         if self._state == "ready":
             self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
@@ -67,16 +68,13 @@ class Notifier:
                 self._send("READY=1")
 
     def stopping(self) -> None:
-        """It drains; told once."""
+        """The server drains; reported once."""
         if self._state != "stopping":
             self._state = "stopping"
             self._send("STOPPING=1", "STATUS=draining: requests under way are finished")
 
     def watch(self, alive: Callable[[], bool]) -> None:
-        """In the running event loop: be heard as often as the manager asks, while ``alive()``.
-
-        Should it raise, the manager hears no more, and restarts the server.
-        """
+        """In the running event loop: feed the watchdog while ``alive()``, and not if it raises."""
         if self._watchdog is None:
             return
         if alive():
@@ -93,4 +91,4 @@ class Notifier:
                 sender.settimeout(_SEND_SECONDS)
                 sender.sendto("\n".join(lines).encode(), to)
         except OSError as error:
-            logger.warning("NOTIFY_SOCKET=%s can't be told: %s", self._address, error)
+            logger.warning("NOTIFY_SOCKET=%s: nothing can be reported: %s", self._address, error)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""TLS whose files can be read again while connections go on."""
+"""TLS with files that can be read again while connections go on."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["ReloadableContext"]
 
 
 class ReloadableContext(ssl.SSLContext):
-    """Hands each new connection to the context that was loaded last.
+    """Uses the files that were loaded last for each new connection.
 
-    ``certificate``, ``key`` and ``client_authorities`` are PEM files; the key may stand in the
-    certificate's. With ``client_authorities`` a client must show a certificate signed by one of
-    them. ``protocols`` are the names to offer by ALPN (RFC 7301), best first. Raises
+    ``certificate``, ``key`` and ``client_authorities`` are PEM files; the key may be in the
+    certificate's file. With ``client_authorities`` a client must show a certificate signed by one
+    of them. ``protocols`` are the ALPN names to offer (RFC 7301), best first. Raises
     ConfigurationError for files that can't be used.
     """
 
@@ -80,11 +80,11 @@ def _check_readable(flag: str, file: Path) -> None:
 
 def _no_password() -> str:
     raise ConfigurationError(
-        "--tls-key is encrypted, and nobody is there to be asked for its password: decrypt it, "
+        "--tls-key is encrypted, and there is no way to enter its password: decrypt it, "
         "and let only this server read it."
     )
 
 
 def _reason(error: ssl.SSLError) -> str:
-    told = error.reason or re.sub(r"^\[.*?\] | \(.*\)$", "", str(error))
-    return told.lower().replace("_", " ")
+    reason = error.reason or re.sub(r"^\[.*?\] | \(.*\)$", "", str(error))
+    return reason.lower().replace("_", " ")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,11 @@ import numpy as np
 import pytest
 import tiny_models
 import tokenizers
+from engine_bench import Bench, run_on, settle
 from error_shape import error_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from in_process import serving, until
+from in_process import until
 from live import LiveServer, running_server
 from long_texts import FORMS, TEXT, UNCUT, load
 from minilm import minilm_folder
@@ -226,7 +228,7 @@ def test_long_texts_are_cut_as_others_are(folder: Path, limit: int, keep_end: bo
     tokenizer._keep_end = keep_end
     (uncut,), (cut,) = whole.encode([text]), tokenizer.encode([text])
     assert cut.total_tokens == len(uncut.ids) == uncut.total_tokens
-    first, last = len(tokenizer._prefix), len(tokenizer._suffix)
+    first, last = len(tokenizer._template.prefix), len(tokenizer._template.suffix)
     content = uncut.ids[first : len(uncut.ids) - last]
     room = limit - first - last
     kept = content[-room:] if keep_end else content[:room]
@@ -385,25 +387,33 @@ def test_long_texts_block_nobody(client: httpx.Client) -> None:
         assert row["tokens"] > 256
 
 
-def test_a_stretch_that_waits_for_another_keeps_no_thread(tiny_model: Path) -> None:
-    """There is one thread, and a stretch that can't be cut waits for one of another model."""
-    with (
-        serving(model=(str(tiny_model),), threads=1) as server,
-        httpx.Client(base_url=server.url, timeout=60) as client,
-        ThreadPoolExecutor(1) as pool,
-    ):
+def test_a_large_step_that_waits_for_another_keeps_no_thread() -> None:
+    """One thread tokenises, and a stretch that can't be cut waits for one of another model."""
+    bench = Bench(tokenizing_threads=1, real_tokenizer=load(minilm_folder(), 256))
+    other_ends = threading.Event()
 
-        def tokens(text: str) -> int:
-            answer = client.post("/v1/embeddings", json={"model": "tiny", "input": text})
-            count: int = answer.json()["usage"]["total_tokens"]
-            return count
+    async def scenario() -> None:
+        other = bench.tokenizing_large.submit(other_ends.wait, 60)
+        waiting = bench.send("a" * 200_000)
+        await settle()
+        assert bench.metric("queue_requests") == 1
+        assert (await bench.send("river " * 2000)).tokens > 2
+        assert not waiting.done()
+        other_ends.set()
+        assert (await waiting).tokens > 2
+        assert other.result()
 
-        with tokenizer_module._one_large:
-            waiting = pool.submit(tokens, "a" * 200_000)
-            until(lambda: 'queue_requests{model="tiny"} 1.0' in client.get("/metrics").text)
-            assert tokens("river " * 2000) > 2
-            assert not waiting.done()
-        assert waiting.result() > 2
+    run_on(bench, scenario)
+
+
+def test_large_steps_are_announced() -> None:
+    """Before each: also where they come first, and between others."""
+    tokenizer = load(minilm_folder(), 256)
+    large, small = "a" * 200_000, "river " * 10_000
+    *steps, encodings = tokenizer.encode_in_steps([large, small, small, small + large])
+    assert steps == [True, False, False, False, True]
+    assert isinstance(encodings, list)
+    assert len(encodings) == 4
 
 
 def test_a_client_that_hangs_up_meanwhile_frees_its_place(

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import processors
 
 from embedding_server.engine.batch import Encoding
-from embedding_server.engine.tokenizer import Input, Tokenizer
+from embedding_server.engine.token_ids import Input
+from embedding_server.engine.tokenizer import Tokenizer
 from embedding_server.errors import ContextLengthExceeded, InvalidRequest, ModelNotSupported
 from embedding_server.models.tokenizer_files import read_backend
 

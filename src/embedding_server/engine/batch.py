@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Batch", "Encoding", "Entry", "Request"]
+__all__ = ["Batch", "Encoding", "Entry"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +28,11 @@ class Encoding:
         return self.total_tokens > len(self.ids)
 
 
-class Request(Protocol):
-    """What the scheduler needs of a request: an identity that can be hashed."""
-
-    def __hash__(self) -> int: ...
-
-
 @dataclass(slots=True)
 class Entry:
-    """One input waiting for inference, for every place in ``request`` that has the same."""
+    """One input that waits for inference, with all places in ``request`` that hold it."""
 
-    request: Request
+    request: Hashable
     places: tuple[int, ...]
     encoding: Encoding
     start: float = field(default=0.0, compare=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The batches of one model: what waits is put together, computed in threads, and handed out."""
+"""One model's queue, and the loop that computes it batch by batch in threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from embedding_server.engine.backend import Backend
 from embedding_server.engine.batch import Batch, Encoding, Entry
 from embedding_server.engine.cores import Cores
-from embedding_server.engine.postprocess import all_finite
+from embedding_server.engine.postprocess import NOT_FINITE, fault_in
 from embedding_server.engine.scheduler import Scheduler
 from embedding_server.engine.stages import Stages
 from embedding_server.engine.throughput import Throughput
@@ -37,10 +37,11 @@ logger = logging.getLogger(__name__)
 _WIDE_TOKENS = 64
 
 _NO_MEMORY = "ran out of memory"
+_FAILED = "The model failed on this request; the server's log says why."
 
 
-class _Request:
-    """A request's vectors as they come in; done when none is missing."""
+class _PendingRequest:
+    """A request's vectors as they arrive; ``future`` is done when none is missing."""
 
     __slots__ = ("arrived", "future", "missing", "stages", "vectors")
 
@@ -66,8 +67,8 @@ class _Request:
 
 
 @dataclass(frozen=True, slots=True)
-class _Running:
-    """A batch under way."""
+class _StartedBatch:
+    """A batch that a thread computes."""
 
     entries: Sequence[Entry]
     rows: Sequence[int]
@@ -81,7 +82,7 @@ class _Running:
 
 
 class BatchLoop:
-    """The queue of one model and the loop that empties it; ``name`` is the model's.
+    """The queue of the model ``name`` and the loop that empties it.
 
     Call ``start`` in the event loop that will call ``compute``.
     """
@@ -99,18 +100,18 @@ class BatchLoop:
         self._backend = backend
         self._scheduler = scheduler
         self._cores = cores
-        self._cores_needed = 1
+        self._cores_needed = cores.count if backend.exclusive else 1
         self._metrics = metrics
         self._throughput = Throughput()
-        self._pending: set[_Request] = set()
+        self._pending: set[_PendingRequest] = set()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._failure: BaseException | None = None
+        self._ended = False
 
     @property
     def running(self) -> bool:
-        """Whether it was started and has not ended."""
-        return self._task is not None and self._failure is None
+        """Whether the loop was started and has not ended."""
+        return self._task is not None and not self._ended
 
     @property
     def tokens(self) -> int:
@@ -119,20 +120,19 @@ class BatchLoop:
 
     @property
     def seconds(self) -> float:
-        """How long what waits will take, as far as recent batches tell; 0 if none do."""
-        # Models that wait for cores take turns, and what hangs has none to give.
+        """How long the waiting tokens will take at the speed of recent batches; 0 before any."""
+        # Models that wait for cores take turns, and a batch that hangs holds its cores.
         cores = max(self._cores.usable, 1) / max(self._cores.waiting, 1)
         return self._throughput.seconds(self._scheduler.tokens, cores=cores)
 
     def start(self) -> None:
         """Start the loop in the running event loop."""
-        self._cores_needed = self._cores.count if self._backend.exclusive else 1
         loop = asyncio.get_running_loop()
         self._task = loop.create_task(self._run(), name=f"batches of {self._name}")
-        self._task.add_done_callback(self._ended)
+        self._task.add_done_callback(self._end)
 
     async def close(self) -> None:
-        """Stop the loop; whatever still waits fails with NotReady."""
+        """Stop the loop; all pending requests fail with NotReady."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -151,7 +151,7 @@ class BatchLoop:
         """
         size = sum(len(equal) for equal in places.values())
         future = asyncio.get_running_loop().create_future()
-        request = _Request(size, self._backend.dims, future, stages)
+        request = _PendingRequest(size, self._backend.dims, future, stages)
         if stages is not None:
             stages.queue_start, stages.tokens = request.arrived, tokens
         self._pending.add(request)
@@ -164,7 +164,7 @@ class BatchLoop:
             await request.future
         finally:
             self._pending.discard(request)
-            if request.missing:  # failed or cancelled: nobody wants the rest
+            if request.missing:  # it failed or was cancelled
                 self._scheduler.discard(request)
                 self._metrics.queue_tokens.set(self._scheduler.tokens)
         return request.vectors
@@ -178,28 +178,38 @@ class BatchLoop:
                 try:
                     await self._cores.acquire(self._cores_needed)
                 except InferenceTimedOut as error:
-                    self._fail_all(error)
+                    self._fail_pending(error)
                     continue
-                batch = self._begin(self._cores_needed)
-                if batch is not None:
-                    batches.create_task(self._end(batch))
+                started = self._start_next()
+                if started is not None:
+                    batches.create_task(self._finish(started))
 
-    def _begin(self, cores: int) -> _Running | None:
-        """Start the next batch on ``cores`` that were acquired, and on the rest if it pays."""
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._ended = True
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            logger.critical("the batch loop of %s died", self._name, exc_info=error)
+            self._cores.broken.set()
+        for request in self._pending:
+            request.fail(NotReady(f"The model {self._name!r} has stopped."))
+
+    def _start_next(self) -> _StartedBatch | None:
+        """Start a batch of waiting entries on the acquired cores, and on idle ones if it pays."""
         idle = self._cores.free
         entries: Sequence[Entry] = ()
         try:
             entries = self._scheduler.next_batch(cores=1 + idle)
         finally:
-            if not entries:  # all were discarded meanwhile
-                self._cores.release(cores)
+            if not entries:  # all were discarded while the loop waited for cores
+                self._cores.release(self._cores_needed)
         if not entries:
             return None
         self._metrics.queue_tokens.set(self._scheduler.tokens)
-        return self._start(entries, cores, idle)
+        return self._start(entries, idle)
 
-    def _start(self, entries: Sequence[Entry], cores: int, idle: int = 0) -> _Running | None:
-        """Start ``entries`` on ``cores``, and on the ``idle`` others if it pays."""
+    def _start(self, entries: Sequence[Entry], idle: int = 0) -> _StartedBatch | None:
+        """Start ``entries`` on the acquired cores, and on ``idle`` others if it pays."""
+        cores = self._cores_needed
         try:
             distinct: dict[Encoding, int] = {}
             rows = [distinct.setdefault(entry.encoding, len(distinct)) for entry in entries]
@@ -212,62 +222,73 @@ class BatchLoop:
             started = time.perf_counter()
             work = partial(self._backend.embed, batch, wide=wide)
             vectors = self._cores.run(work, cores, owner=self._name)
-            traced = _stages_of(entries)
-            for stages in traced:
-                stages.batch_started(started)
         except Exception:  # no memory, or no thread
             self._cores.release(cores)
-            self._batch_failed(entries)
+            self._fail_batch(entries, InferenceFailed, _FAILED)
             return None
-        return _Running(entries, rows, batch, traced, cores, started, vectors)
+        traced = {request.stages for request in _requests_of(entries) if request.stages is not None}
+        for stages in traced:
+            stages.batch_started(started)
+        return _StartedBatch(entries, rows, batch, traced, cores, started, vectors)
 
-    async def _end(self, running: _Running) -> None:
-        trouble = await self._settle(running)
-        if trouble:
-            logger.warning(
-                "a batch of %d inputs with %d tokens %s on %s; trying it in halves",
-                *(len(running.entries), running.batch.tokens, trouble, self._name),
-            )
-            if trouble == _NO_MEMORY:
-                self._metrics.out_of_memory.inc()
-            await self._retry_in_halves(running)
+    async def _finish(self, batch: _StartedBatch) -> None:
+        fault = await self._settle(batch)
+        if fault is None:
+            return
+        logger.warning(
+            "a batch of %d inputs with %d tokens %s on %s; trying it in halves",
+            *(len(batch.entries), batch.batch.tokens, fault, self._name),
+        )
+        if fault == _NO_MEMORY:
+            self._metrics.out_of_memory.inc()
+        await self._retry_in_halves(batch)
 
-    async def _settle(self, running: _Running) -> str:
-        """Deliver the batch, or fail its requests, or tell what kept it from being delivered.
+    async def _settle(self, batch: _StartedBatch) -> str | None:
+        """Deliver the batch or fail its requests; or return the fault, if halves may not have it.
 
-        The last is for the caller to mend. The exception is gone by then, and with it whatever its
-        frames held.
+        As a string: the frames of an exception would keep the memory of the batch.
         """
-        entries = running.entries
         try:
-            vectors = await running.vectors
+            vectors = await batch.vectors
         except MemoryError:
             return _NO_MEMORY
         except InferenceTimedOut as error:
             self._metrics.timed_out_batches.inc()
-            self._batch_failed(entries, InferenceTimedOut, str(error))
+            self._fail_batch(batch.entries, InferenceTimedOut, str(error))
+            return None
         except Exception:
-            if len(running.batch) > 1:
+            if len(batch.batch) > 1:
                 return "failed"
-            self._batch_failed(entries)
-        else:
-            return self._deliver(running, vectors)
+            self._fail_batch(batch.entries, InferenceFailed, _FAILED)
+            return None
         finally:
-            for stages in running.stages:
+            for stages in batch.stages:
                 stages.batch_ended(time.perf_counter())
-        return ""
+        self._measure(batch)
+        fault = fault_in(vectors, (len(batch.batch), self._backend.dims))
+        if fault is None:
+            self._deliver(batch, vectors)
+            return None
+        if len(batch.batch) > 1:
+            return f"gave {fault}"
+        self._metrics.failed_batches.inc()
+        logger.error("%s gave %s", self._name, fault)
+        answer = fault if fault == NOT_FINITE else "an answer of the wrong shape or kind"
+        self._fail(batch.entries, InferenceFailed, f"The model gave {answer} for this request.")
+        return None
 
-    async def _retry_in_halves(self, running: _Running) -> None:
-        """Compute a batch that failed in parts, one after the other, down to one input if need be.
+    async def _retry_in_halves(self, batch: _StartedBatch) -> None:
+        """Compute a failed batch in parts, one after the other, down to single inputs.
 
-        So the one input that breaks it fails alone, and what is too much at once is computed.
+        So an input that breaks its batch fails alone, and a batch that needs too much memory is
+        computed in smaller ones.
         """
-        failed = [running]
-        alone = 0
+        failed = [batch]
+        without_memory = 0
         while failed:
             batch = failed.pop()
-            if len(batch.batch) == 1:  # and is out of memory, or it would have failed already
-                alone += 1
+            if len(batch.batch) == 1:  # it is out of memory, or it would have failed already
+                without_memory += 1
                 message = (
                     f"The server has not enough memory for an input of {batch.batch.tokens} "
                     "tokens, even alone. Try again later, or send shorter inputs."
@@ -276,15 +297,15 @@ class BatchLoop:
                 continue
             middle = len(batch.entries) // 2
             for half in (batch.entries[:middle], batch.entries[middle:]):
-                again = await self._start_again(half)
-                if again is not None and await self._settle(again):
-                    failed.append(again)
-        if alone:
+                started = await self._start_again(half)
+                if started is not None and await self._settle(started) is not None:
+                    failed.append(started)
+        if without_memory:
             self._metrics.failed_batches.inc()
-            logger.error("%d inputs found no memory on %s, each alone", alone, self._name)
+            logger.error("%d inputs found no memory on %s, each alone", without_memory, self._name)
 
-    async def _start_again(self, entries: Sequence[Entry]) -> _Running | None:
-        """Start what is still wanted of ``entries`` when there are cores."""
+    async def _start_again(self, entries: Sequence[Entry]) -> _StartedBatch | None:
+        """Start those of ``entries`` whose requests still wait, when there are cores."""
         try:
             await self._cores.acquire(self._cores_needed)
         except InferenceTimedOut as error:
@@ -294,81 +315,52 @@ class BatchLoop:
         if not entries:
             self._cores.release(self._cores_needed)
             return None
-        return self._start(entries, self._cores_needed)
+        return self._start(entries)
 
-    def _batch_failed(
-        self,
-        entries: Sequence[Entry],
-        kind: type[EmbeddingServerError] = InferenceFailed,
-        message: str = "The model failed on this request; the server's log says why.",
+    def _measure(self, batch: _StartedBatch) -> None:
+        seconds = time.perf_counter() - batch.started
+        packed, metrics = batch.batch, self._metrics
+        metrics.inference_duration.observe(seconds)
+        metrics.batch_size.observe(len(packed))
+        metrics.batch_tokens.observe(packed.tokens)
+        if self._backend.padded:
+            metrics.padding_tokens.inc(len(packed) * packed.max_seqlen - packed.tokens)
+        self._throughput.add(packed.tokens, seconds * batch.cores)
+
+    def _deliver(self, batch: _StartedBatch, vectors: NDArray[np.float32]) -> None:
+        for entry, row in zip(batch.entries, batch.rows, strict=True):
+            _request_of(entry).deliver(entry.places, vectors[row])
+        for request in _requests_of(batch.entries):
+            self._metrics.queue_duration.observe(batch.started - request.arrived)
+
+    def _fail_batch(
+        self, entries: Sequence[Entry], kind: type[EmbeddingServerError], message: str
     ) -> None:
+        """Fail the requests of ``entries``; the log gets the exception that is being handled."""
         self._metrics.failed_batches.inc()
         logger.exception("a batch of %d inputs failed on %s", len(entries), self._name)
         self._fail(entries, kind, message)
 
-    def _deliver(self, running: _Running, vectors: NDArray[np.float32]) -> str:
-        """As ``_settle``."""
-        entries, batch = running.entries, running.batch
-        self._measure(running, time.perf_counter() - running.started)
-        try:
-            finite = all_finite(vectors, (len(batch), self._backend.dims))
-            fault = told = "" if finite else "values that are not finite"
-        except ValueError as error:
-            fault, told = str(error), "an answer of the wrong shape or kind"
-        if fault:
-            if len(batch) > 1:
-                return f"gave {fault}"
-            self._metrics.failed_batches.inc()
-            logger.error("%s gave %s", self._name, fault)
-            self._fail(entries, InferenceFailed, f"The model gave {told} for this request.")
-            return ""
-        for entry, row in zip(entries, running.rows, strict=True):
-            _request_of(entry).deliver(entry.places, vectors[row])
-        for request in {_request_of(entry) for entry in entries}:
-            self._metrics.queue_duration.observe(running.started - request.arrived)
-        return ""
-
-    def _measure(self, running: _Running, seconds: float) -> None:
-        metrics, batch = self._metrics, running.batch
-        metrics.inference_duration.observe(seconds)
-        metrics.batch_size.observe(len(batch))
-        metrics.batch_tokens.observe(batch.tokens)
-        if self._backend.padded:
-            metrics.padding_tokens.inc(len(batch) * batch.max_seqlen - batch.tokens)
-        self._throughput.add(batch.tokens, seconds * running.cores)
-
     def _fail(
         self, entries: Sequence[Entry], kind: type[EmbeddingServerError], message: str
     ) -> None:
-        for request in {_request_of(entry) for entry in entries}:
+        for request in _requests_of(entries):
             request.fail(kind(message))
             self._scheduler.discard(request)
         self._metrics.queue_tokens.set(self._scheduler.tokens)
 
-    def _fail_all(self, error: InferenceTimedOut) -> None:
-        """Nothing may wait for cores that hang."""
+    def _fail_pending(self, error: InferenceTimedOut) -> None:
         logger.error("%d requests fail, as no cores are left: %s", len(self._pending), error)
         for request in self._pending:
             request.fail(InferenceTimedOut(str(error)))
         self._scheduler.clear()
         self._metrics.queue_tokens.set(0)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """Nothing may wait for a loop that is gone, and readiness must say so."""
-        failure = None if task.cancelled() else task.exception()
-        self._failure = failure or asyncio.CancelledError()
-        if failure is not None:
-            logger.critical("the batch loop of %s died", self._name, exc_info=failure)
-            self._cores.broken.set()
-        for request in self._pending:
-            request.fail(NotReady(f"The model {self._name!r} has stopped."))
 
-
-def _request_of(entry: Entry) -> _Request:
-    assert isinstance(entry.request, _Request)
+def _request_of(entry: Entry) -> _PendingRequest:
+    assert isinstance(entry.request, _PendingRequest)
     return entry.request
 
 
-def _stages_of(entries: Sequence[Entry]) -> set[Stages]:
-    """Of each request that is traced and has one of ``entries``."""
-    return {stages for entry in entries if (stages := _request_of(entry).stages) is not None}
+def _requests_of(entries: Sequence[Entry]) -> set[_PendingRequest]:
+    return {_request_of(entry) for entry in entries}

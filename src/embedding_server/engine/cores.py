@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The cores of a process, lent to batches, and a watch over those that hang."""
+"""The cores of a process, lent to batches, and the time limit of each batch."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Looks at what runs for one time limit, and the seconds between two.
-_LOOKS = 10
-_LEAST_BETWEEN, _MOST_BETWEEN = 0.05, 1.0
+# How often running batches are checked within the time limit, and the bounds of the interval in
+# seconds.
+_CHECKS = 10
+_SHORTEST_INTERVAL, _LONGEST_INTERVAL = 0.05, 1.0
 
-# What is under way at the end is for nobody any more.
-_PATIENCE_AT_END = 2.0
+# Nobody needs the batches that run when the process ends.
+_SECONDS_TO_END = 2.0
 
 
 @dataclass(eq=False, slots=True)
-class _Running:
+class _Job:
     """Work in a thread."""
 
     owner: str
     cores: int
     result: asyncio.Future[Any]
-    looks: int = 0
+    checks: int = 0
     overdue: bool = False
 
 
@@ -44,8 +45,8 @@ class Cores:
     """``count`` cores, shared by all engines of a process.
 
     First come, first served, so that models take turns. ``executor`` runs the batches; by
-    default a pool of as many threads. Work that takes longer than ``timeout`` seconds hangs: its
-    cores are gone until it ends, if it ever does. For use in one event loop.
+    default a pool of as many threads. A batch that takes longer than ``timeout`` seconds is
+    overdue, and its cores are unusable until it ends, if it ever does. For one event loop.
     """
 
     def __init__(
@@ -53,47 +54,47 @@ class Cores:
     ) -> None:
         self.count = count
         self.usable = count
-        """Those that no hanging work holds."""
+        """Cores without an overdue batch."""
         self._timeout = timeout
-        self._between_looks = min(max((timeout or 0) / _LOOKS, _LEAST_BETWEEN), _MOST_BETWEEN)
+        self._interval = min(max((timeout or 0) / _CHECKS, _SHORTEST_INTERVAL), _LONGEST_INTERVAL)
         self._executor = executor or ThreadPoolExecutor(count, thread_name_prefix="inference")
         self._free = count
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-        self._running: dict[Future[Any], _Running] = {}
-        self._watch: asyncio.TimerHandle | None = None
+        self._jobs: dict[Future[Any], _Job] = {}
+        self._timer: asyncio.TimerHandle | None = None
         self._left_behind = False
         self.broken = asyncio.Event()
-        """Set once any work has hung or any batch loop has died."""
+        """Set once a batch was overdue or a batch loop has died."""
 
     @property
     def free(self) -> int:
-        """Cores that nobody has or waits for."""
+        """Cores that are neither taken nor waited for."""
         return 0 if self._waiting else self._free
 
     @property
     def waiting(self) -> int:
-        """How many wait for their turn."""
+        """How many callers of ``acquire`` wait."""
         return len(self._waiting)
 
     @property
     def overdue(self) -> Sequence[str]:
-        """Whose work hangs now."""
-        return sorted({running.owner for running in self._running.values() if running.overdue})
+        """The owners of overdue batches."""
+        return sorted({job.owner for job in self._jobs.values() if job.overdue})
 
     @property
     def stuck(self) -> bool:
-        """Whether a thread is at work that can't be waited for."""
+        """Whether a thread still runs that the process can't wait for."""
         return self._left_behind or self.usable < self.count
 
     def check(self, cores: int) -> None:
-        """Raise InferenceTimedOut if there won't be ``cores`` before hanging work ends."""
+        """Raise InferenceTimedOut if fewer than ``cores`` are usable."""
         if cores > self.usable:
             raise self._timed_out(" and ".join(self.overdue))
 
     async def acquire(self, cores: int) -> None:
-        """Wait for ``cores`` of them, behind all who wait already.
+        """Take ``cores`` of them, after all who wait already.
 
-        Raises InferenceTimedOut once hanging work holds so many that there won't be enough.
+        Raises InferenceTimedOut once fewer are usable.
         """
         if cores <= self.free:
             self.take(cores)
@@ -112,7 +113,7 @@ class Cores:
             raise
 
     def take(self, cores: int) -> None:
-        """Have ``cores`` of the free ones, without waiting."""
+        """Take ``cores`` of the free ones, without waiting."""
         assert cores <= self.free
         self._free -= cores
 
@@ -122,72 +123,71 @@ class Cores:
         self._serve()
 
     def run(self, work: Callable[[], Result], cores: int, *, owner: str) -> asyncio.Future[Result]:
-        """``work()`` in one of the threads, which gives ``cores`` back at its end.
+        """Run ``work`` in a thread for the model ``owner``; ``cores`` are released when it ends.
 
-        At the thread's own end: whoever waits for it may have been cancelled, or got
-        InferenceTimedOut. ``owner`` is the model's name.
+        Not when the result is there: it may be cancelled, or an InferenceTimedOut, long before.
         """
         loop = asyncio.get_running_loop()
         job = self._executor.submit(work)
         result: asyncio.Future[Result] = loop.create_future()
-        self._running[job] = _Running(owner, cores, result)
-        if self._timeout is not None and self._watch is None:
-            self._watch = loop.call_later(self._between_looks, self._look)
+        self._jobs[job] = _Job(owner, cores, result)
+        if self._timeout is not None and self._timer is None:
+            self._timer = loop.call_later(self._interval, self._check_jobs)
 
         def ended(job: Future[Result]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(self._ended, job)
+                loop.call_soon_threadsafe(self._end, job)
 
         job.add_done_callback(ended)
         return result
 
     def close(self) -> None:
-        """End the threads, after the batches under way.
+        """End the threads after their batches; with a time limit, wait a moment only.
 
-        With a time limit these are waited for a moment only; see ``stuck``.
+        Afterwards ``stuck`` says whether a thread still runs.
         """
-        if self._watch is not None:
-            self._watch.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._timeout is not None:
-            jobs = [job for job, running in self._running.items() if not running.overdue]
-            concurrent.futures.wait(jobs, _PATIENCE_AT_END)
-            self._left_behind = any(not job.done() for job in self._running)
+            in_time = [future for future, job in self._jobs.items() if not job.overdue]
+            concurrent.futures.wait(in_time, _SECONDS_TO_END)
+            self._left_behind = any(not future.done() for future in self._jobs)
         self._executor.shutdown(wait=not self._left_behind, cancel_futures=True)
 
-    def _ended(self, job: Future[Any]) -> None:
-        running = self._running.pop(job)
+    def _end(self, future: Future[Any]) -> None:
+        job = self._jobs.pop(future)
         try:
-            if running.overdue:
-                self.usable += running.cores
-                logger.warning("the batch of %s that took too long has ended", running.owner)
-            if not running.result.done():
-                _pass_on(job, running.result)
+            if job.overdue:
+                self.usable += job.cores
+                logger.warning("the batch of %s that took too long has ended", job.owner)
+            if not job.result.done():
+                _set_result(job.result, future)
         finally:
-            # After its result: a failed request leaves the queue before the next batch is chosen.
-            self.release(running.cores)
+            # After the result: a failed request leaves the queue before the next batch is chosen.
+            self.release(job.cores)
 
-    def _look(self) -> None:
-        """One timer for all that runs, and none when nothing does."""
+    def _check_jobs(self) -> None:
+        """Find overdue jobs; one timer for all, and none when nothing runs."""
         assert self._timeout is not None
-        self._watch = None
-        if not self._running:
+        self._timer = None
+        if not self._jobs:
             return
-        # First, so that a look that fails is not the last one.
+        # The next check first, so that it comes even if this one fails.
         loop = asyncio.get_running_loop()
-        self._watch = loop.call_later(self._between_looks, self._look)
-        for running in self._running.values():
-            # Counted and not timed: when the whole process stood still, nothing hung.
-            running.looks += 1
-            seconds = (running.looks - 1) * self._between_looks
-            if seconds >= self._timeout and not running.overdue:
-                self._give_up(running)
+        self._timer = loop.call_later(self._interval, self._check_jobs)
+        for job in self._jobs.values():
+            # Checks are counted, not seconds: while the whole process stood still, nothing hung.
+            job.checks += 1
+            seconds = (job.checks - 1) * self._interval
+            if seconds >= self._timeout and not job.overdue:
+                self._give_up(job)
 
-    def _give_up(self, running: _Running) -> None:
-        running.overdue = True
+    def _give_up(self, job: _Job) -> None:
+        job.overdue = True
         self.broken.set()
-        self.usable -= running.cores
-        if not running.result.done():
-            running.result.set_exception(self._timed_out(running.owner))
+        self.usable -= job.cores
+        if not job.result.done():
+            job.result.set_exception(self._timed_out(job.owner))
         for item in list(self._waiting):
             cores, turn = item
             if cores > self.usable:
@@ -210,13 +210,10 @@ class Cores:
                 turn.set_result(None)
 
 
-def _pass_on(job: Future[Any], result: asyncio.Future[Any]) -> None:
-    """What ``job`` came to, to ``result``; anything it raised as an Exception."""
+def _set_result(result: asyncio.Future[Any], job: Future[Any]) -> None:
     if job.cancelled():
         result.cancel()
-        return
-    error = job.exception()
-    if error is None:
+    elif (error := job.exception()) is None:
         result.set_result(job.result())
     elif isinstance(error, Exception) and not isinstance(error, StopIteration):
         result.set_exception(error)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tokenizers
+from tokenizers import models
 
 __all__ = ["QWEN_WORDS", "cut_pattern", "pieces"]
 
@@ -22,6 +23,8 @@ QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+_Component = Mapping[str, Any]
 
 # Each ends with the character that begins the next piece. Only characters that no normaliser
 # joins with a neighbour: a letter before a space or a mark always ends a word.
@@ -47,14 +50,14 @@ def cut_pattern(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
 
     None if nothing is certain of this tokenizer.
     """
-    normalizers = _flat(tokenizer.normalizer, "normalizers")
+    normalizers, splitting = _components(tokenizer)
     if not {part["type"] for part in normalizers} <= _NORMALIZERS:
         return None
     added = tokenizer.get_added_tokens_decoder().values()
     texts = {str(token) for token in added}
     if tokenizer.normalizer is not None:
         texts |= {tokenizer.normalizer.normalize_str(text) for text in texts}
-    pattern = _of_words(_flat(tokenizer.pre_tokenizer, "pretokenizers"), normalizers, texts)
+    pattern = _of_words(splitting, normalizers, texts)
     # A token that is looked for before all else may hold such a place, take the space after it, or
     # ask for the end of a word, which is another thing there.
     if any(token.rstrip or token.single_word for token in added):
@@ -65,7 +68,7 @@ def cut_pattern(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
 
 
 def _of_words(
-    splitting: list[Mapping[str, Any]], normalizers: list[Mapping[str, Any]], added: set[str]
+    splitting: list[_Component], normalizers: list[_Component], added: set[str]
 ) -> re.Pattern[str] | None:
     kinds = {part["type"] for part in normalizers}
     match splitting:
@@ -92,12 +95,24 @@ def _of_words(
             return None
 
 
-def _flat(component: Any, parts: str) -> list[Mapping[str, Any]]:
-    """A normaliser or pre-tokenizer as the JSON of its parts, in order."""
+def _components(tokenizer: tokenizers.Tokenizer) -> tuple[list[_Component], list[_Component]]:
+    """The JSON of each normaliser and of each pre-tokenizer, in order."""
+    probe = tokenizers.Tokenizer(models.BPE())  # without the vocabulary, of up to 30 MB of JSON
+    if tokenizer.normalizer is not None:
+        probe.normalizer = tokenizer.normalizer
+    if tokenizer.pre_tokenizer is not None:
+        probe.pre_tokenizer = tokenizer.pre_tokenizer
+    whole = json.loads(probe.to_str())
+    return (
+        _flat(whole["normalizer"], "normalizers"),
+        _flat(whole["pre_tokenizer"], "pretokenizers"),
+    )
+
+
+def _flat(component: _Component | None, parts: str) -> list[_Component]:
     if component is None:
         return []
-    state = json.loads(component.__getstate__())
-    return list(state[parts]) if state["type"] == "Sequence" else [state]
+    return list(component[parts]) if component["type"] == "Sequence" else [component]
 
 
 def pieces(text: str, pattern: re.Pattern[str] | None, size: int) -> Iterator[str]:

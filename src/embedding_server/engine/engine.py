@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""One model at work: requests in, vectors out."""
+"""One running model: requests in, vectors out."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,15 @@ from embedding_server.engine.parameters import EmbedParams, check_dimensions, pr
 from embedding_server.engine.postprocess import postprocess
 from embedding_server.engine.scheduler import Scheduler
 from embedding_server.engine.stages import Stages
-from embedding_server.engine.tokenizer import Input, Tokenizer
+from embedding_server.engine.token_ids import Input
+from embedding_server.engine.tokenizer import Tokenizer
 from embedding_server.errors import InvalidRequest, NotReady, Overloaded
 from embedding_server.telemetry import ModelMetrics
 
 __all__ = ["CHARACTERS_PER_TOKEN", "Embeddings", "Engine", "Limits"]
 
-# Up to here tokenising takes about a millisecond, less than handing it to a thread and the
-# noise that adds; past it the event loop would be kept from other requests.
+# Up to here tokenising takes about a millisecond: less than a thread costs, and no other request
+# waits for the event loop any longer.
 _INLINE_CHARACTERS = 4096
 
 CHARACTERS_PER_TOKEN = 10
@@ -38,13 +40,13 @@ before tokens can be counted. In most languages a token has some four."""
 
 _INLINE_VALUES = 32 * 1024
 
-# The longest wait that OpenAI's clients heed; a longer one they replace by a second or so.
-_MOST_RETRY_AFTER = 60.0
+# The longest wait that OpenAI's clients respect; a longer one they replace by a second or so.
+_LONGEST_RETRY_AFTER = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one engine takes at a time."""
+    """How much one engine takes at a time."""
 
     max_concurrent_requests: int
     max_queued_tokens: int
@@ -64,7 +66,7 @@ class Embeddings:
     @property
     def tokens(self) -> int:
         """Tokens of all inputs, special tokens and prompts included."""
-        return sum(len(encoding.ids) for encoding in self.encodings)
+        return _count_tokens(self.encodings)
 
     @property
     def truncated(self) -> int:
@@ -73,9 +75,10 @@ class Embeddings:
 
 
 class Engine:
-    """Admission of requests to one model, tokenising, and what follows the batches.
+    """Admission of requests to one model, and their way through tokenizer and batches.
 
-    ``cores`` and the threads of ``tokenizing`` are shared by all engines of a process. Call
+    All engines of a process share ``cores`` and the threads that tokenise long inputs: those of
+    ``tokenizing``, and the only one of ``tokenizing_large`` for steps that take much memory. Call
     ``start`` in the event loop that will call ``embed``.
     """
 
@@ -89,12 +92,14 @@ class Engine:
         limits: Limits,
         cores: Cores,
         tokenizing: Executor,
+        tokenizing_large: Executor,
         metrics: ModelMetrics,
     ) -> None:
         self.info = info
         self._tokenizer = tokenizer
         self._limits = limits
         self._tokenizing = tokenizing
+        self._tokenizing_large = tokenizing_large
         self._metrics = metrics
         metrics.queue_requests_limit.set(limits.max_concurrent_requests)
         metrics.queue_tokens_limit.set(limits.max_queued_tokens)
@@ -113,7 +118,7 @@ class Engine:
         self._batches.start()
 
     async def close(self) -> None:
-        """Stop the batch loop; whatever still waits fails with NotReady."""
+        """Stop the batch loop; all pending requests fail with NotReady."""
         await self._batches.close()
 
     async def embed(
@@ -121,10 +126,10 @@ class Engine:
     ) -> Embeddings:
         """The vectors of ``inputs``: all texts, or all lists of token ids, or none.
 
-        ``stages`` is told what the request passes, and when.
-        Raises InvalidRequest for parameters or inputs this model can't take, Overloaded when
+        ``stages`` gets the time of each stage.
+        Raises InvalidRequest for parameters or inputs that this model can't take, Overloaded when
         the queue is full, InferenceFailed, OutOfMemory or InferenceTimedOut when its batch failed
-        or hangs, NotReady when closed.
+        or is overdue, NotReady when closed.
         """
         if not self.ready:
             raise NotReady(f"The model {self.info.name!r} is not running.")
@@ -138,10 +143,11 @@ class Engine:
         try:
             encodings = await self._tokenize(inputs, prompt, params.truncate, stages)
             vectors = await self._compute(encodings, stages)
-            answer = await self._finish(vectors, encodings, params)
+            vectors = await self._postprocess(vectors, params)
         finally:
             self._admitted -= 1
             self._metrics.queue_requests.set(self._admitted)
+        answer = Embeddings(vectors, encodings, params.dimensions or self.info.dims)
         self._metrics.inputs.inc(len(encodings))
         self._metrics.tokens.inc(answer.tokens)
         self._metrics.truncated_inputs.inc(answer.truncated)
@@ -153,40 +159,48 @@ class Engine:
         started = time.perf_counter()
         if stages is not None:
             stages.tokenize_start = started
-        # What has no length is no input, and for the tokenizer to refuse.
+        # The tokenizer refuses an input without a length.
         characters = sum(len(value) for value in inputs if isinstance(value, Sized))
         characters += len(inputs) * len(prompt)
-        allowed = self._limits.max_request_tokens * CHARACTERS_PER_TOKEN
-        if characters > allowed:
-            raise InvalidRequest(
-                f"The request has {characters} characters in {len(inputs)} inputs; at most "
-                f"{allowed} are taken at once. Send it in parts.",
-                param="input",
-                code="request_too_large",
-            )
-
-        encodings: list[Encoding] | None
+        self._check_size(
+            characters,
+            "characters",
+            len(inputs),
+            self._limits.max_request_tokens * CHARACTERS_PER_TOKEN,
+        )
         if characters <= _INLINE_CHARACTERS:
             encodings = self._tokenizer.encode(inputs, prompt=prompt, truncate=truncate)
         else:
-            # A step at a time: a long text takes its turn among others, and ends with its client.
-            steps = self._tokenizer.encode_in_steps(inputs, prompt=prompt, truncate=truncate)
-            in_thread = asyncio.get_running_loop().run_in_executor
-            while (encodings := await in_thread(self._tokenizing, next, steps)) is None:
-                pass
+            encodings = await self._tokenize_in_threads(inputs, prompt, truncate)
         ended = time.perf_counter()
         self._metrics.tokenize_duration.observe(ended - started)
         if stages is not None:
             stages.tokenize_end = ended
-        tokens = sum(len(encoding.ids) for encoding in encodings)
-        if tokens > self._limits.max_request_tokens:
+        self._check_size(
+            _count_tokens(encodings), "tokens", len(inputs), self._limits.max_request_tokens
+        )
+        return encodings
+
+    async def _tokenize_in_threads(
+        self, inputs: Sequence[Input], prompt: str, truncate: bool
+    ) -> list[Encoding]:
+        """Tokenise in steps, so that long texts take turns, and end when their client hangs up."""
+        steps = self._tokenizer.encode_in_steps(inputs, prompt=prompt, truncate=truncate)
+        loop = asyncio.get_running_loop()
+        step: bool | list[Encoding] = False
+        while isinstance(step, bool):  # whether the next step is a large one
+            threads = self._tokenizing_large if step else self._tokenizing
+            step = await loop.run_in_executor(threads, next, steps)
+        return step
+
+    def _check_size(self, count: int, unit: str, inputs: int, limit: int) -> None:
+        if count > limit:
             raise InvalidRequest(
-                f"The request has {tokens} tokens in {len(encodings)} inputs; at most "
-                f"{self._limits.max_request_tokens} are taken at once. Send it in parts.",
+                f"The request has {count} {unit} in {inputs} inputs; at most {limit} are taken at "
+                "once. Send it in parts.",
                 param="input",
                 code="request_too_large",
             )
-        return encodings
 
     async def _compute(
         self, encodings: Sequence[Encoding], stages: Stages | None
@@ -200,38 +214,31 @@ class Engine:
         places: dict[Encoding, list[int]] = {}
         for place, encoding in enumerate(encodings):
             places.setdefault(encoding, []).append(place)
-        tokens = sum(len(encoding.ids) for encoding in places)
+        tokens = _count_tokens(places)
         waiting = self._batches.tokens
-        # A request that is larger than the whole queue must have its chance when it is empty.
+        # An empty queue takes a request that is larger than its limit.
         if waiting and waiting + tokens > self._limits.max_queued_tokens:
             raise self._overloaded(f"{waiting} tokens are waiting already")
         return await self._batches.compute(places, tokens, stages)
 
-    async def _finish(
-        self,
-        vectors: NDArray[np.float32],
-        encodings: Sequence[Encoding],
-        params: EmbedParams,
-    ) -> Embeddings:
-        def work() -> NDArray[Any]:
-            return postprocess(
-                vectors,
-                dimensions=params.dimensions,
-                # What the authors define ends in scaling; the unscaled output is the model's own.
-                layer_norm_first=self.info.layer_norm and params.normalize,
-                scale=params.normalize,
-                output_dtype=params.output_dtype,
-            )
+    async def _postprocess(self, vectors: NDArray[np.float32], params: EmbedParams) -> NDArray[Any]:
+        work = partial(
+            postprocess,
+            vectors,
+            dimensions=params.dimensions,
+            # The authors' layer norm ends in scaling; the unscaled output is the model's own.
+            layer_norm_first=self.info.layer_norm and params.normalize,
+            scale=params.normalize,
+            output_dtype=params.output_dtype,
+        )
+        return work() if vectors.size <= _INLINE_VALUES else await asyncio.to_thread(work)
 
-        finished = await _inline_or_thread(work, small=vectors.size <= _INLINE_VALUES)
-        return Embeddings(finished, encodings, params.dimensions or self.info.dims)
-
-    def _overloaded(self, what: str) -> Overloaded:
+    def _overloaded(self, reason: str) -> Overloaded:
         return Overloaded(
-            f"The model {self.info.name!r} is at its limit: {what}. Try again later.",
-            retry_after=min(max(1.0, self._batches.seconds), _MOST_RETRY_AFTER),
+            f"The model {self.info.name!r} is at its limit: {reason}. Try again later.",
+            retry_after=min(max(1.0, self._batches.seconds), _LONGEST_RETRY_AFTER),
         )
 
 
-async def _inline_or_thread(work: Callable[[], NDArray[Any]], *, small: bool) -> NDArray[Any]:
-    return work() if small else await asyncio.to_thread(work)
+def _count_tokens(encodings: Iterable[Encoding]) -> int:
+    return sum(len(encoding.ids) for encoding in encodings)

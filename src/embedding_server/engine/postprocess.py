@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""From what a backend gave to the vectors a request asked for; numpy only."""
+"""A backend's vectors to those that a request asked for; numpy only."""
 
 from __future__ import annotations
 
@@ -8,23 +8,31 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["OutputDtype", "all_finite", "layer_norm", "normalize", "postprocess", "quantize"]
+__all__ = [
+    "NOT_FINITE",
+    "OutputDtype",
+    "fault_in",
+    "layer_norm",
+    "normalize",
+    "postprocess",
+    "quantize",
+]
 
 OutputDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
 
 
-def all_finite(vectors: object, shape: tuple[int, int]) -> bool:
-    """Whether a backend's answer has no NaN and no infinity.
+NOT_FINITE = "values that are not finite"
 
-    Raises ValueError if it is anything but a float32 array of ``shape``.
-    """
+
+def fault_in(vectors: object, shape: tuple[int, int]) -> str | None:
+    """What is wrong with a backend's answer: it must be a finite float32 array of ``shape``."""
     if not isinstance(vectors, np.ndarray):
-        raise ValueError(f"{type(vectors).__name__} instead of an array")
+        return f"{type(vectors).__name__} instead of an array"
     if vectors.dtype != np.float32:
-        raise ValueError(f"{vectors.dtype} instead of float32")
+        return f"{vectors.dtype} instead of float32"
     if vectors.shape != shape:
-        raise ValueError(f"the wrong shape {vectors.shape} instead of {shape}")
-    return bool(np.isfinite(vectors).all())
+        return f"the wrong shape {vectors.shape} instead of {shape}"
+    return None if np.isfinite(vectors).all() else NOT_FINITE
 
 
 def postprocess(

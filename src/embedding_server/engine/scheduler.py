@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
-from embedding_server.engine.batch import Entry, Request
+from embedding_server.engine.batch import Entry
 
 __all__ = ["Scheduler"]
 
-# Every batch reads all weights, which takes a core as long as some ten tokens: less than this is
-# not worth dividing.
+# Every batch reads all weights, which takes a core as long as some ten tokens: fewer tokens than
+# this are not worth dividing.
 _LEAST_SHARE = 16
 
 
@@ -27,22 +27,19 @@ _Kind = tuple[bool, int]
 class Scheduler:
     """Entries in, batches out.
 
-    With ``padded`` a batch costs its size times its longest entry, as for a backend that
-    pads; else it costs the sum of its lengths.
+    A batch costs the sum of its lengths; with ``padded``, its size times its longest entry.
     """
 
     def __init__(self, *, max_batch_tokens: int, padded: bool = False) -> None:
         self._max_batch_tokens = max_batch_tokens
         self._padded = padded
-        # A heap of (start tag, place in its request, arrival, entry) for each length, of requests
-        # that are larger than a batch and of others. Lengths are few, so the oldest entry and the
-        # nearest lengths are found by looking at all.
+        # One heap of (start tag, place in its request, arrival, entry) for each kind. Kinds are
+        # few, so the oldest entry and the nearest lengths are found by looking at all.
         self._waiting: dict[_Kind, list[tuple[float, int, int, Entry]]] = {}
         self._arrivals = itertools.count()
-        # Each request's waiting entries by arrival, so that a discard looks at these alone.
-        self._kinds: dict[Request, dict[int, _Kind]] = {}
-        # Arrivals that were discarded and are still in a heap, though never first: there, a
-        # discarded entry is dropped at once.
+        # The kind of each waiting entry by request and arrival: a discard looks at these alone.
+        self._kinds: dict[Hashable, dict[int, _Kind]] = {}
+        # Arrivals that were discarded and are still in a heap, but never at its top.
         self._discarded: set[int] = set()
         self._virtual_time = 0.0
         self._tokens = 0
@@ -80,8 +77,8 @@ class Scheduler:
         """The entry with the oldest start tag and others of about its length, shortest first.
 
         A request that one batch can hold is not joined by entries of larger ones: it would wait
-        for them, and they end no sooner. With idle ``cores``, what waits is shared among them.
-        Empty when nothing waits; over the budget only if a single entry is.
+        for them, and they end no sooner. The waiting tokens are shared among idle
+        ``cores``. Empty when nothing waits; over the budget only if a single entry is.
         """
         if not self._entries:
             return []
@@ -89,9 +86,9 @@ class Scheduler:
         kind = min(self._waiting, key=lambda kind: self._waiting[kind][0])
         large, head = kind
         start, place, _, _ = self._waiting[kind][0]
-        # Time is the start tag in service. A request's first entry starts at the present, so
-        # it moves time by its own length: a stream of new requests would else hold time still
-        # and always go before what waits for a later tag.
+        # Virtual time is the start tag in service. A request's first entry starts at the present,
+        # so it moves time by its own length: otherwise a stream of new requests would hold time
+        # still and always go before entries with a later tag.
         self._virtual_time = max(self._virtual_time, start if place else start + head)
         batch = [self._pop(kind)]
         tokens = longest = head
@@ -108,15 +105,15 @@ class Scheduler:
         batch.sort(key=lambda entry: entry.length)
         return batch
 
-    def discard(self, request: Request) -> None:
-        """Forget what still waits of ``request``."""
+    def discard(self, request: Hashable) -> None:
+        """Remove the waiting entries of ``request``."""
         arrivals = self._kinds.pop(request, {})
         self._discarded.update(arrivals)
         self._entries -= len(arrivals)
         self._tokens -= sum(length for _, length in arrivals.values())
         for kind in set(arrivals.values()):
             self._drop_discarded(kind)
-        # Those in the middle of a heap go with what waits before them, or when they are too many.
+        # Those in the middle of a heap go when they come to its top, or when they are too many.
         if len(self._discarded) > self._entries:
             for bucket in self._waiting.values():
                 bucket[:] = [item for item in bucket if item[2] not in self._discarded]
@@ -124,7 +121,7 @@ class Scheduler:
             self._discarded.clear()
 
     def clear(self) -> None:
-        """Forget all that waits."""
+        """Remove all entries."""
         self._waiting.clear()
         self._kinds.clear()
         self._discarded.clear()
@@ -142,7 +139,7 @@ class Scheduler:
         return entry
 
     def _drop_discarded(self, kind: _Kind) -> None:
-        """Let ``kind`` begin with an entry that waits, or be gone."""
+        """Remove discarded entries from the top of the heap of ``kind``, and an empty heap."""
         bucket = self._waiting[kind]
         while bucket and bucket[0][2] in self._discarded:
             self._discarded.remove(heapq.heappop(bucket)[2])

@@ -55,6 +55,7 @@ class Registry:
         self._cores = Cores(options.threads, timeout=options.inference_timeout)
         # Not the event loop's threads, which a very long text would keep from writing answers.
         self._tokenizing = ThreadPoolExecutor(options.threads, thread_name_prefix="tokenize")
+        self._tokenizing_large = ThreadPoolExecutor(1, thread_name_prefix="tokenize large")
 
     async def load(self) -> None:
         """Find, load, check and start every model.
@@ -146,6 +147,7 @@ class Registry:
             limits=limits,
             cores=self._cores,
             tokenizing=self._tokenizing,
+            tokenizing_large=self._tokenizing_large,
             metrics=metrics,
         )
 
@@ -167,6 +169,7 @@ class Registry:
         # no thread can be started.
         self._cores.close()
         self._tokenizing.shutdown()
+        self._tokenizing_large.shutdown()
 
     @property
     def loading(self) -> bool:

@@ -9,14 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_bench import (
-    RAISES,
-    UNSCALED,
-    Bench,
-    expected,
-    run_on,
-    settle,
-)
+from engine_bench import RAISES, UNSCALED, Bench, expected, run_on, settle
 from numpy.typing import NDArray
 
 from embedding_server.engine.parameters import EmbedParams

@@ -7,13 +7,7 @@ import asyncio
 
 import numpy as np
 import pytest
-from engine_bench import (
-    Bench,
-    expected,
-    run_on,
-    settle,
-    until_queued,
-)
+from engine_bench import Bench, expected, run_on, settle, until_queued
 
 
 def test_vectors_come_in_the_order_of_the_inputs() -> None:

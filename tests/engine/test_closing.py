@@ -7,19 +7,9 @@ import asyncio
 import logging
 
 import pytest
-from engine_bench import (
-    LARGE,
-    NAN,
-    Bench,
-    expected,
-    run,
-    run_on,
-    settle,
-)
+from engine_bench import LARGE, NAN, Bench, expected, run, run_on, settle
 
-from embedding_server.errors import (
-    NotReady,
-)
+from embedding_server.errors import NotReady
 
 
 def test_a_dying_engine_gives_its_cores_back() -> None:

@@ -8,20 +8,13 @@ import threading
 import time
 
 import pytest
-from engine_bench import (
-    MODEL,
-    FakeExecutor,
-    run,
-    settle,
-)
+from engine_bench import MODEL, FakeExecutor, run, settle
 
 from embedding_server.engine.cores import Cores
-from embedding_server.errors import (
-    InferenceTimedOut,
-)
+from embedding_server.errors import InferenceTimedOut
 
 
-def test_cores_are_lent_in_turn_and_given_back_by_those_who_stop_waiting() -> None:
+def test_cores_are_lent_in_turn_and_given_back_when_waiting_is_cancelled() -> None:
     async def scenario() -> None:
         cores = Cores(2, executor=FakeExecutor())
         await cores.acquire(1)
@@ -36,7 +29,7 @@ def test_cores_are_lent_in_turn_and_given_back_by_those_who_stop_waiting() -> No
         small = asyncio.create_task(work("small", 1))
         await settle()
         assert order == []
-        assert cores.free == 0, "nobody passes the one who waits for two"
+        assert cores.free == 0, "no one overtakes the caller that waits for two"
         large.cancel()
         await settle()
         assert order == ["small"]
@@ -60,7 +53,7 @@ class Nameless(str):
         raise ZeroDivisionError("no name")
 
 
-def test_a_look_that_fails_is_not_the_last() -> None:
+def test_a_check_that_fails_is_not_the_last() -> None:
     async def scenario() -> None:
         cores = Cores(2, timeout=0.05, executor=(executor := FakeExecutor()))
         executor.held = True
@@ -74,7 +67,7 @@ def test_a_look_that_fails_is_not_the_last() -> None:
     run(scenario())
 
 
-def test_who_needs_all_cores_does_not_keep_others_from_what_is_left() -> None:
+def test_waiting_for_all_cores_does_not_block_others_from_the_usable_ones() -> None:
     async def scenario() -> None:
         cores = Cores(2, timeout=0.05, executor=(executor := FakeExecutor()))
         executor.held = True
@@ -93,7 +86,7 @@ def test_who_needs_all_cores_does_not_keep_others_from_what_is_left() -> None:
     run(scenario())
 
 
-def test_the_end_does_not_wait_for_a_thread_that_hangs() -> None:
+def test_close_does_not_wait_for_an_overdue_batch() -> None:
     ended = threading.Event()
 
     async def scenario() -> None:
@@ -108,7 +101,7 @@ def test_the_end_does_not_wait_for_a_thread_that_hangs() -> None:
     ended.set()
 
 
-def test_the_end_waits_for_work_that_ends() -> None:
+def test_close_waits_for_a_batch_in_time() -> None:
     async def scenario() -> None:
         cores = Cores(1, timeout=60)
         await cores.acquire(1)

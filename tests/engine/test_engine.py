@@ -8,19 +8,11 @@ import threading
 
 import numpy as np
 import pytest
-from engine_bench import (
-    Bench,
-    expected,
-    model_info,
-    run_on,
-    settle,
-)
+from engine_bench import Bench, expected, model_info, run_on, settle
 
 from embedding_server.engine.parameters import EmbedParams
 from embedding_server.engine.postprocess import normalize
-from embedding_server.errors import (
-    InvalidRequest,
-)
+from embedding_server.errors import InvalidRequest
 
 
 def test_what_still_waits_to_be_tokenised_is_dropped_when_it_is_cancelled() -> None:
@@ -152,7 +144,7 @@ def test_dimensions_outside_are_refused_with_what_is_possible(dimensions: int) -
     run_on(bench, scenario)
 
 
-def test_a_cut_input_is_told() -> None:
+def test_a_cut_input_is_counted() -> None:
     bench = Bench()
 
     async def scenario() -> None:

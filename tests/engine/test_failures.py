@@ -11,23 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_bench import (
-    HUGE,
-    INFINITE,
-    LARGE,
-    NAN,
-    RAISES,
-    Bench,
-    expected,
-    run_on,
-    settle,
-)
+from engine_bench import HUGE, INFINITE, LARGE, NAN, RAISES, Bench, expected, run_on, settle
 from numpy.typing import NDArray
 
-from embedding_server.errors import (
-    InferenceFailed,
-    OutOfMemory,
-)
+from embedding_server.errors import InferenceFailed, OutOfMemory
 
 
 def test_equal_inputs_of_a_failed_batch_all_fail() -> None:
@@ -71,7 +58,7 @@ def test_a_batch_that_cannot_be_begun_fails_its_own_requests_only() -> None:
     run_on(bench, scenario)
 
 
-def test_what_raises_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_input_that_raises_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(max_batch_tokens=4)
 
     async def scenario() -> None:
@@ -98,7 +85,7 @@ def test_what_raises_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert "secret detail" in str(record.exc_info)
 
 
-def test_what_a_failed_request_still_has_in_the_queue_is_dropped() -> None:
+def test_a_failed_request_leaves_the_queue() -> None:
     bench = Bench(max_batch_tokens=2)
 
     async def scenario() -> None:
@@ -157,7 +144,7 @@ def test_an_answer_of_the_wrong_shape_fails_its_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "logged"),
     [
         pytest.param(lambda vectors: None, "NoneType instead of an array", id="none"),
         pytest.param(lambda vectors: vectors.tolist(), "list instead of an array", id="list"),
@@ -169,7 +156,7 @@ def test_an_answer_of_the_wrong_shape_fails_its_batch() -> None:
     ],
 )
 def test_no_answer_ends_the_batch_loop(
-    answer: Callable[[NDArray[np.float32]], Any], told: str, caplog: pytest.LogCaptureFixture
+    answer: Callable[[NDArray[np.float32]], Any], logged: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = Bench()
 
@@ -183,7 +170,7 @@ def test_no_answer_ends_the_batch_loop(
         assert bench.metric("failed_batches_total") == 2
 
     run_on(bench, scenario)
-    assert re.search(told, caplog.text)
+    assert re.search(logged, caplog.text)
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), StopIteration()], ids=repr)
@@ -256,7 +243,7 @@ def test_an_input_that_is_too_large_alone_fails_its_request_only(
     assert bench.metric("failed_batches_total") == levels.count("ERROR")
 
 
-def test_what_nobody_wants_any_more_is_not_tried_again() -> None:
+def test_cancelled_requests_are_not_tried_again() -> None:
     bench = Bench()
 
     async def scenario() -> None:

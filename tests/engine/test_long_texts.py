@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Texts of many MB: the tokens of the whole, in bounded memory, and in nobody's way."""
+"""Texts of many MB: the tokens of the whole, in bounded memory, without blocking other requests."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_added_tokens_that_forbid_it(token: AddedToken) -> None:
     assert cut_pattern(raw) is not None
     raw.add_tokens([token])
     pattern = cut_pattern(raw)
-    if token.content == "x. y":  # its mark alone is no place any more
+    if token.content == "x. y":  # its mark alone is no longer a place
         assert pattern is None or "." not in pattern.pattern
     else:
         assert pattern is None
@@ -361,7 +361,7 @@ def admitted(client: httpx.Client) -> bool:
     return f'queue_requests{{model="{MODEL}"}} 3.0' in page
 
 
-def test_long_texts_block_nobody(client: httpx.Client) -> None:
+def test_long_texts_block_no_other_request(client: httpx.Client) -> None:
     """Three requests of 10 MB on fewer threads, and others are answered before any of them."""
     before = embed(client, ["iPhone"]).json()["data"][0]["embedding"]
     prose = FORMS["prose"]
@@ -378,8 +378,8 @@ def test_long_texts_block_nobody(client: httpx.Client) -> None:
         assert health == [200, 200]
         assert short.json()["data"][0]["embedding"] == before
         assert longer.json()["data"][0]["tokens"] == 2002
-        told, *answered = [done.result() for done in longs_done]
-    assert error_of(told, 400)["code"] == "request_too_large"
+        refusal, *answered = [done.result() for done in longs_done]
+    assert error_of(refusal, 400)["code"] == "request_too_large"
     for response, text in zip(answered, longs, strict=True):
         (row,) = response.json()["data"]
         head = np.array(embed(client, text[:20_000]).json()["data"][0]["embedding"])

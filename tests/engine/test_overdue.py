@@ -4,17 +4,9 @@
 from __future__ import annotations
 
 import pytest
-from engine_bench import (
-    MODEL,
-    Bench,
-    expected,
-    run_on,
-    settle,
-)
+from engine_bench import MODEL, Bench, expected, run_on, settle
 
-from embedding_server.errors import (
-    InferenceTimedOut,
-)
+from embedding_server.errors import InferenceTimedOut
 
 
 def test_a_batch_over_its_time_fails_alone_and_gives_its_core_back_late() -> None:
@@ -43,7 +35,7 @@ def test_a_batch_over_its_time_fails_alone_and_gives_its_core_back_late() -> Non
 
 
 @pytest.mark.parametrize("exclusive", [False, True], ids=["a-core-each", "exclusive"])
-def test_nothing_waits_for_cores_that_hang(exclusive: bool) -> None:
+def test_nothing_waits_for_cores_of_overdue_batches(exclusive: bool) -> None:
     bench = Bench(core_count=2, timeout=0.05, max_batch_tokens=2, exclusive=exclusive)
 
     async def scenario() -> None:

@@ -183,7 +183,7 @@ def test_a_query_during_two_large_jobs_is_in_the_next_batch(batches_before: int)
 
 
 @given(jobs=st.lists(LENGTHS, min_size=1, max_size=4), newcomer=st.integers(1, 20))
-def test_requests_that_never_end_starve_nobody(jobs: list[list[int]], newcomer: int) -> None:
+def test_requests_that_never_end_starve_no_other(jobs: list[list[int]], newcomer: int) -> None:
     """With a new one-line query before every batch, all that waits is served in bounded time."""
     scheduler = Scheduler(max_batch_tokens=300)
     waiting = {id(e) for lengths in jobs for e in start(scheduler, *lengths).entries}

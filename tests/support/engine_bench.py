@@ -23,9 +23,7 @@ from embedding_server.engine.info import ModelInfo
 from embedding_server.engine.parameters import EmbedParams
 from embedding_server.engine.scheduler import Scheduler
 from embedding_server.engine.tokenizer import Tokenizer
-from embedding_server.errors import (
-    ContextLengthExceeded,
-)
+from embedding_server.errors import ContextLengthExceeded
 from embedding_server.telemetry import Telemetry
 
 MODEL = "fake"
@@ -125,7 +123,7 @@ class FakeExecutor(Executor):
 
 
 class MortalScheduler(Scheduler):
-    """Dies when told to, and takes the batch loop with it."""
+    """Raises once ``dying`` is set, which ends the batch loop."""
 
     dying = False
 
@@ -178,7 +176,7 @@ class Bench:
 
     @property
     def batch_sizes(self) -> list[int]:
-        """Of all batches that the backend was asked for."""
+        """Of all batches that the backend has computed."""
         return [len(batch) for batch in self.backend.batches]
 
     @asynccontextmanager
@@ -240,5 +238,5 @@ def run_on(bench: Bench, scenario: Callable[[], Coroutine[Any, Any, None]]) -> N
 
 async def until_queued(bench: Bench) -> None:
     """Wait for a request that is tokenised in a thread."""
-    while not bench.scheduler.tokens:  # noqa: ASYNC110 - no event tells of it
+    while not bench.scheduler.tokens:  # noqa: ASYNC110 - there is no event to wait for
         await asyncio.sleep(0.001)

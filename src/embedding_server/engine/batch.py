@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What travels between tokenizer, scheduler and backend: token ids, packed end to end."""
+"""Token ids on their way from the tokenizer to the backend, packed end to end."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Where a long text can be cut so that its pieces have the tokens of the whole.
 
-tokenizers takes some 500 bytes for each character of what it is given at once. A text is split
-into words first, and no token reaches from one word into the next, so that cutting between two
-words changes nothing, as long as it is certain that there is an end of a word.
+tokenizers needs some 500 bytes for each character of a text. It splits the text into words first,
+and no token reaches from one word into the next: a cut between two words changes nothing, where the
+end of a word is certain.
 """
 
 from __future__ import annotations
@@ -36,20 +36,17 @@ _BEFORE_ANY_SPACE = re.compile(f"[{_LETTERS}0-9{_MARKS}][ \\n]")
 _BEFORE_MARK = re.compile(f"[{_LETTERS}][ \\n{_MARKS}]|[0-9{_MARKS}] ")
 _ANY_MARK = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 _COMPOSED = "<=>"
-"""Those of them that NFC joins with a stroke behind them, as in U+2260."""
+"""Marks that NFC joins with a stroke behind them, as in U+2260."""
 
 _NORMALIZERS = {
     *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Precompiled"),
     "BertNormalizer",
 }
-"""Those that look at a character and the marks on it, and no further."""
+"""Normalisers that look at a character and the marks on it, and no further."""
 
 
 def cut_pattern(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
-    """What to look for in a text: it can be cut before the last character of each match.
-
-    None if nothing is certain of this tokenizer.
-    """
+    """A pattern before whose last character a text can be cut; None if nothing is certain."""
     normalizers, splitting = _components(tokenizer)
     if not {part["type"] for part in normalizers} <= _NORMALIZERS:
         return None
@@ -58,8 +55,8 @@ def cut_pattern(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
     if tokenizer.normalizer is not None:
         texts |= {tokenizer.normalizer.normalize_str(text) for text in texts}
     pattern = _of_words(splitting, normalizers, texts)
-    # A token that is looked for before all else may hold such a place, take the space after it, or
-    # ask for the end of a word, which is another thing there.
+    # Added tokens are found before words: one may contain such a place, take the space after it,
+    # or need the end of a word, which means something else there.
     if any(token.rstrip or token.single_word for token in added):
         return None
     if pattern is None or any(map(pattern.search, texts)):
@@ -103,10 +100,8 @@ def _components(tokenizer: tokenizers.Tokenizer) -> tuple[list[_Component], list
     if tokenizer.pre_tokenizer is not None:
         probe.pre_tokenizer = tokenizer.pre_tokenizer
     whole = json.loads(probe.to_str())
-    return (
-        _flat(whole["normalizer"], "normalizers"),
-        _flat(whole["pre_tokenizer"], "pretokenizers"),
-    )
+    normalizers = _flat(whole["normalizer"], "normalizers")
+    return normalizers, _flat(whole["pre_tokenizer"], "pretokenizers")
 
 
 def _flat(component: _Component | None, parts: str) -> list[_Component]:
@@ -116,11 +111,11 @@ def _flat(component: _Component | None, parts: str) -> list[_Component]:
 
 
 def pieces(text: str, pattern: re.Pattern[str] | None, size: int) -> Iterator[str]:
-    """``text`` in pieces of ``size`` characters and as many more as it takes to a place to cut."""
+    """``text`` in pieces, each of ``size`` characters and on to the next place to cut."""
     start = 0
     while pattern is not None and len(text) - start > 2 * size:
         found = None
-        # By the window, as nothing else in the process runs while a pattern is looked for.
+        # A window at a time: a search holds the interpreter's lock.
         for low in range(start + size, len(text), size):
             if found := pattern.search(text, low, low + size + 1):
                 break

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What a served model is, as its users need to know it."""
+"""The facts about a served model that its users need."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModelInfo:
     """Layer-normalise before cutting to a Matryoshka size, as nomic-embed-text-v1.5 asks."""
     backend: str = ""
     backend_reason: str = ""
-    """Why that backend was taken, in words."""
+    """Why that backend was chosen, in words."""
     revision: str | None = None
     sha256: str | None = None
     fingerprint: str = ""

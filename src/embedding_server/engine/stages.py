@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""When one request passed each stage: numbers that the engine fills in, if its request has them."""
+"""When one traced request passed each stage; the engine fills in the numbers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""How fast a model's batches have been of late, for those who must come back later."""
+"""The speed of a model's recent batches, from which follows when a refused client may return."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _KEPT = 0.9
 
 
 class Throughput:
-    """Tokens over core-seconds of recent batches; no clock of its own, so idle time is no time."""
+    """Tokens over core-seconds of recent batches; idle time does not count."""
 
     def __init__(self) -> None:
         self._tokens = self._core_seconds = 0.0

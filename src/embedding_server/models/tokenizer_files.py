@@ -2,8 +2,8 @@
 """Reads a tokenizer's files and merges them as transformers 5.23 does before it makes a tokenizer.
 
 The facts are those of ``PreTrainedTokenizerBase._from_pretrained``: where tokenizer_config.json
-lists the added tokens, special_tokens_map.json and added_tokens.json don't count; otherwise they
-do, and so do the added tokens of tokenizer.json.
+lists the added tokens, special_tokens_map.json and added_tokens.json are ignored; otherwise they
+count, and so do the added tokens of tokenizer.json.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ _PROCESSOR_FILES = (
 )
 """Where sentence-transformers first looks for something other than a tokenizer."""
 
-
 _TOKEN_ID = re.compile("[0-9]{1,10}")
 
 
@@ -76,7 +75,7 @@ class TokenizerFiles:
         return None if self.settings.get(key) is None else self.flag(key, False)
 
     def special_tokens(self) -> dict[str, Token | None]:
-        """The named special tokens that are set, some to None."""
+        """The named special tokens that are set, some of them to None."""
         given = {key: self.settings[key] for key in SPECIAL_TOKENS if key in self.settings}
         for key, token in given.items():
             if token is not None and not _is_token(token):
@@ -92,7 +91,7 @@ class TokenizerFiles:
         return list(tokens)
 
     def keeps_end(self) -> bool:
-        """Whether a long text loses its beginning; tokenizer.json's limit is void, not its side."""
+        """Whether a long text loses its beginning, not its end."""
         limit = self.backend.truncation
         side = self.settings.get("truncation_side", limit["direction"] if limit else "right")
         if side not in ("left", "right"):
@@ -106,14 +105,14 @@ class TokenizerFiles:
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """Read the tokenizer in ``folder``.
 
-    Raises ModelNotSupported, naming file and key, for what can't be done exactly.
+    Raises ModelNotSupported, naming file and key, for settings that can't be followed exactly.
     """
     for name in _PROCESSOR_FILES:
         if (folder / name).is_file():
             raise ModelNotSupported(f"{folder / name}: inputs other than text are not supported.")
     path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
     text, backend = read_backend(path)
-    settings = read_object(settings_path) if settings_path.is_file() else {}
+    settings = _read_optional(settings_path)
     _check(settings_path, settings)
     if "additional_special_tokens" in settings and not settings.get("extra_special_tokens"):
         settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
@@ -150,6 +149,10 @@ def read_backend(path: Path) -> tuple[str, tokenizers.Tokenizer]:
         raise ModelNotSupported(f"{path} can't be read as a tokenizer: {error}") from None
 
 
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
+
+
 def _check(path: Path, settings: Mapping[str, Any]) -> None:
     unknown = [key for key in _REFUSED if settings.get(key)]
     unknown += [
@@ -165,7 +168,7 @@ def _check(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _merge_special_tokens_map(path: Path, settings: dict[str, Any]) -> None:
-    for key, value in (read_object(path) if path.is_file() else {}).items():
+    for key, value in _read_optional(path).items():
         named = key in SPECIAL_TOKENS
         if not named and (key not in _SPECIAL_LISTS or not isinstance(value, list)):
             raise ModelNotSupported(f"{path} sets {key} to {value!r}, not known here.")
@@ -184,9 +187,7 @@ def _merge_special_tokens_map(path: Path, settings: dict[str, Any]) -> None:
 
 def _read_added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
     """The tokens of added_tokens.json, which gives their ids and nothing else."""
-    if not path.is_file():
-        return {}
-    ids = read_object(path)
+    ids = _read_optional(path)
     if not all(isinstance(index, int) for index in ids.values()):
         raise ModelNotSupported(f"{path} must have a token id for each token.")
     special = {str(settings[key]) for key in SPECIAL_TOKENS if settings.get(key)}

@@ -49,9 +49,9 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer in a transformer's ``folder``, whose ``config.json`` is ``config``.
 
-    With ``any_family`` config.json may be of a family that isn't known, if its class is known.
+    With ``any_family`` an unknown family is taken, if its tokenizer's class is known.
     ``lowercase`` is sentence_bert_config.json's ``do_lower_case``. Raises ModelNotSupported,
-    naming file and value, for what can't be done exactly.
+    naming file and value, for settings that can't be followed exactly.
     """
     files = read_tokenizer_files(folder)
     name = _class_name(files, config, any_family)
@@ -75,10 +75,12 @@ def load_tokenizer(
         made.add_tokens([AddedToken(content, special=True) for content in contents])
     if row.ends is not None:
         first, last = (_end(files, key, named, made) for key in row.ends)
-        # Of all post-processors the one that takes any two tokens; pairs don't occur here.
+        # The post-processor that takes any two tokens; there are no pairs of texts here.
         made.post_processor = processors.BertProcessing(last, first)
-    if lowercase:
-        _lowercase_first(made)
+    if lowercase:  # as sentence-transformers does
+        parts = _parts(made.normalizer)
+        if not any(isinstance(part, normalizers.Lowercase) for part in parts):
+            made.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
     return _tokenizer(
         files.path,
         made,
@@ -92,10 +94,10 @@ def load_tokenizer(
 
 
 def load_static_tokenizer(path: Path, *, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer.json at ``path`` as sentence-transformers' ``StaticEmbedding`` takes it.
+    """The tokenizer.json at ``path`` as sentence-transformers' ``StaticEmbedding`` uses it:
+    without special tokens, and with the file's own limit.
 
-    That is: without special tokens, and cut where the file says so. Raises ModelNotSupported if
-    it can't be read.
+    Raises ModelNotSupported if it can't be read.
     """
     _, backend = read_backend(path)
     limit: dict[str, Any] = backend.truncation or {"max_length": UNLIMITED}
@@ -112,6 +114,7 @@ def load_static_tokenizer(path: Path, *, vocab_size: int | None = None) -> Token
 
 
 def _tokenizer(path: Path, made: tokenizers.Tokenizer, **options: Any) -> Tokenizer:
+    """The Tokenizer of ``made``; a refusal names the file at ``path``."""
     try:
         return Tokenizer(made, **options)
     except ModelNotSupported as refusal:
@@ -173,17 +176,17 @@ def _roberta(files: TokenizerFiles, special: _Special) -> tokenizers.Tokenizer:
 
 
 def _xlm_roberta(files: TokenizerFiles, special: _Special) -> tokenizers.Tokenizer:
-    # The binding shows neither option of a Unigram. No piece can look like such a key: within a
-    # string its quotes would be escaped.
+    # A Unigram of tokenizers shows neither option. No piece of the vocabulary can look like such
+    # a key: within a string its quotes would be escaped.
     if not re.search(r'"unk_id"\s*:\s*3\b', files.text):
         raise ModelNotSupported(f"{files.path}: an XLMRobertaTokenizer has the unk_id 3.")
     if re.search(r'"byte_fallback"\s*:\s*true', files.text):
         raise ModelNotSupported(f"{files.path}: an XLMRobertaTokenizer has no byte_fallback.")
     made = tokenizers.Tokenizer(files.backend.model)
-    parts = _parts(files.backend.normalizer)
-    charsmap = next((p for p in parts if isinstance(p, normalizers.Precompiled)), None)
-    if charsmap is not None:
-        made.normalizer = charsmap
+    for part in _parts(files.backend.normalizer):
+        if isinstance(part, normalizers.Precompiled):
+            made.normalizer = part
+            break
     scheme = "always" if files.flag("add_prefix_space", True) else "never"
     metaspace = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme=scheme)
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
@@ -233,12 +236,8 @@ _ROBERTA_TOKENS = {
     "pad_token": "<pad>",
     "mask_token": "<mask>",
 }
-_BERT = _Class(
-    build=_bert,
-    model=models.WordPiece,
-    special=_BERT_TOKENS,
-    ends=("cls_token", "sep_token"),
-)
+_CLS_SEP = ("cls_token", "sep_token")
+_BERT = _Class(build=_bert, model=models.WordPiece, special=_BERT_TOKENS, ends=_CLS_SEP)
 _AS_IT_IS = _Class(special={})
 
 TOKENIZER_CLASSES: Mapping[str, _Class] = {
@@ -248,13 +247,10 @@ TOKENIZER_CLASSES: Mapping[str, _Class] = {
         build=_mpnet,
         model=models.WordPiece,
         special={**_ROBERTA_TOKENS, "unk_token": "[UNK]"},
-        ends=("cls_token", "sep_token"),
+        ends=_CLS_SEP,
     ),
     "RobertaTokenizer": _Class(
-        build=_roberta,
-        model=models.BPE,
-        special=_ROBERTA_TOKENS,
-        ends=("cls_token", "sep_token"),
+        build=_roberta, model=models.BPE, special=_ROBERTA_TOKENS, ends=_CLS_SEP
     ),
     "XLMRobertaTokenizer": _Class(
         build=_xlm_roberta,
@@ -308,14 +304,8 @@ _OTHER_AS_IT_IS = (
 """Families that run on a graph that they bring, with a TokenizersBackend whatever they name."""
 
 _OTHER_FIXED = (
-    *(
-        "hyperclovax_vision_v2",
-        "qwen3_5",
-        "qwen3_5_moe",
-        "qwen3_5_moe_text",
-        "qwen4_exp",
-        "siglip2",
-    ),
+    *("hyperclovax_vision_v2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp"),
+    "siglip2",
 )
 """The same, with a class that is not known here."""
 
@@ -373,24 +363,22 @@ def _add_tokens(
         if str(token) not in known and token not in tokens:
             tokens.append(token)
     names = {str(token) for token in named.values()}
-    made.add_tokens([_as_added(token, names) for token in tokens])
-
-
-def _as_added(token: Token, names: set[str]) -> AddedToken:
-    if isinstance(token, str):
-        return AddedToken(token, special=True)
-    if str(token) in names:
-        token.special = True
-    return token
+    for index, token in enumerate(tokens):
+        if isinstance(token, str):
+            tokens[index] = AddedToken(token, special=True)
+        elif str(token) in names:
+            token.special = True
+    made.add_tokens(tokens)
 
 
 def _end(
     files: TokenizerFiles, key: str, named: Mapping[str, Token], made: tokenizers.Tokenizer
 ) -> tuple[str, int]:
-    index = made.token_to_id(str(named[key])) if key in named else None
-    if index is None:
+    """The special token ``key``, which stands at one end of every text, and its id."""
+    content = str(named[key]) if key in named else None
+    index = made.token_to_id(content) if content is not None else None
+    if content is None or index is None:
         raise files.wrong(key, files.settings.get(key))
-    content = str(named[key])
     listed = {str(token) for token in files.added}
     if content not in listed and files.backend.token_to_id(content) is None:
         raise ModelNotSupported(
@@ -398,16 +386,6 @@ def _end(
             "another model."
         )
     return content, index
-
-
-# ----------------------------------------------------------------------------------- normalisers
-
-
-def _lowercase_first(made: tokenizers.Tokenizer) -> None:
-    """What sentence-transformers does, which is nothing where there is a Lowercase already."""
-    parts = _parts(made.normalizer)
-    if not any(isinstance(part, normalizers.Lowercase) for part in parts):
-        made.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
 
 
 def _parts(normalizer: normalizers.Normalizer | None) -> list[normalizers.Normalizer]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,6 +102,8 @@ class Models:
 
     async def __init__(self, settings: Settings, metrics: Any) -> None:  # type: ignore[misc]
         set_up_logging(settings.log_format, settings.log_level)
+        # As the command line does: a replica has its process to itself.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._end = contextlib.AsyncExitStack()
         loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._app = create_app(

@@ -37,7 +37,7 @@ from servers import KINDS, MODEL, Peers, Server, ServerFailed, running
 
 import embedding_server
 from embedding_server.backends.runtime import onnxruntime
-from embedding_server.commands.bench.workloads import build_workload, request_bodies
+from embedding_server.commands.bench.workloads import WORKLOADS, build_workload, request_bodies
 from embedding_server.machine import available_cores
 
 __all__ = ["run"]
@@ -48,7 +48,9 @@ _PAGE = _ROOT / "docs" / "performance.md"
 _PLOT = _ROOT / "docs" / "performance.svg"
 _GOLDEN = _ROOT / "tests" / "data" / "all-MiniLM-L6-v2.npz"
 
-_CONNECTIONS = {"pair": 64, "query": 64, "uniform": 8, "chunks": 4}
+_CONNECTIONS = {
+    name: WORKLOADS[name].connections for name in ("pair", "query", "uniform", "chunks")
+}
 """The workloads, and how many requests of each are under way at a time."""
 
 _TOLERANCE = 1e-5

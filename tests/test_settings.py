@@ -348,6 +348,9 @@ HELP_PAGES = [
     pytest.param(["models", "verify"], id="verify"),
     pytest.param(["models", "pull"], id="pull"),
     pytest.param(["embed"], id="embed"),
+    pytest.param(["bench"], id="bench"),
+    pytest.param(["bench", "engine"], id="bench-engine"),
+    pytest.param(["health"], id="health"),
 ]
 
 HEAVY = {

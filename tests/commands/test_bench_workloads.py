@@ -11,10 +11,11 @@ import sys
 import pytest
 from live import environment
 
-from embedding_server.cli import _WORKLOADS
+from embedding_server.cli import build_parser
 from embedding_server.commands.bench.workloads import (
     BULK_WORDS,
     CHUNK_WORDS,
+    MIXED,
     QUERY_WORDS,
     UNIFORM_WORDS,
     WORKLOADS,
@@ -121,5 +122,6 @@ def test_bodies_are_requests_of_the_api() -> None:
     ]
 
 
-def test_the_command_line_names_them_all() -> None:
-    assert [*WORKLOADS, "mixed"] == list(_WORKLOADS)
+@pytest.mark.parametrize("name", [*WORKLOADS, MIXED])
+def test_the_command_line_names_them_all(name: str) -> None:
+    assert build_parser().parse_args(["bench", "--workload", name]).workload == name

@@ -3,69 +3,126 @@
 
 from __future__ import annotations
 
-import logging
-import os
+import argparse
+import signal
 import sys
-from pathlib import Path
 
-from tqdm import tqdm
-
-from embedding_server.corpus.embedding import embed_lines
-from embedding_server.corpus.lines import Line, check_readable, read_lines
-from embedding_server.corpus.options import CorpusOptions
-from embedding_server.corpus.writers import Writer, check_output, open_writer
-from embedding_server.embedder import Embedder
+from embedding_server.commands.options import add_settings, positive
 from embedding_server.errors import ConfigurationError
 from embedding_server.settings import Settings
 
-__all__ = ["check_settings", "embed_corpus"]
+__all__ = ["add_options", "run"]
 
-logger = logging.getLogger(__name__)
-
-_JSON_LINES = (".jsonl", ".ndjson")
+_RAY_OPTIONS = ("address", "actors", "gpus")
 
 
-def check_settings(settings: Settings) -> None:
-    """Raise ConfigurationError if there isn't exactly one model."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``embed``."""
+    parser.description = (
+        "Embed a text a line, or a field of JSON lines, in order, without a server.\n\n"
+        "  embedding-server embed --model all-MiniLM-L6-v2 texts.txt -o vectors.npy\n"
+        "  embedding-server embed --model all-MiniLM-L6-v2 --field text < rows.jsonl\n"
+    )
+    parser.add_argument(
+        "files",
+        nargs="*",
+        default=["-"],
+        metavar="FILE",
+        help="files to read; - or none for standard input",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="-",
+        metavar="FILE",
+        help="FILE.jsonl, FILE.npy or FILE.parquet; - (default) for JSON lines to standard output",
+    )
+    parser.add_argument(
+        "--field", help="the input is JSON lines; embed the string under this key of each"
+    )
+    parser.add_argument("--dimensions", type=int, help="cut each vector to that many values")
+    parser.add_argument("--input-type", help="query, document, or a prompt's name")
+    parser.add_argument("--prompt", help="text to prepend to every input")
+    parser.add_argument(
+        "--truncate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="cut over-long texts (default), or stop at the first",
+    )
+    parser.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="scale vectors to length 1 (default), or leave the model's own output",
+    )
+    _add_ray(parser)
+    add_settings(parser, "embed")
+
+
+def _add_ray(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "Ray",
+        "With --ray, FILE is a .parquet file or a folder of them, --field its column, and\n"
+        "--output a folder of .parquet files with all columns and 'embedding'. A run that was\n"
+        "interrupted continues when it is started again with the same options.",
+    )
+    group.add_argument(
+        "--ray", action="store_true", help="embed on a cluster (needs the extra [ray])"
+    )
+    group.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="the cluster's address, as host:6379; without it and RAY_ADDRESS, the cluster that "
+        "runs on this machine, or else a new one for this run",
+    )
+    group.add_argument(
+        "--ray-actors",
+        type=positive(int, 100_000),
+        metavar="N",
+        help="processes with the model, each of --threads cores (default: as many as the cluster "
+        "has room for, each with a whole node, or with its part of one by --ray-gpus)",
+    )
+    group.add_argument(
+        "--ray-gpus",
+        type=positive(float, 1000),
+        metavar="N",
+        help="GPUs for each process, as 1 or 0.25 (default: none)",
+    )
+
+
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Embed every text of the files; returns the exit code.
+
+    Raises BadLine, naming file and line, for a text that can't be embedded; the output file is
+    then unchanged.
+    """
+    from embedding_server.corpus.options import CorpusOptions
+    from embedding_server.engine.parameters import EmbedParams
+
+    # SystemExit instead of a sudden end: no incomplete output may stay.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if len(settings.model) != 1:
         raise ConfigurationError("embed needs exactly one --model, as --model all-MiniLM-L6-v2.")
+    options = CorpusOptions(
+        files=arguments.files,
+        output=arguments.output,
+        field=arguments.field,
+        params=EmbedParams(
+            dimensions=arguments.dimensions,
+            input_type=arguments.input_type,
+            prompt=arguments.prompt,
+            truncate=arguments.truncate,
+            normalize=arguments.normalize,
+        ),
+    )
+    cluster = {name: getattr(arguments, f"ray_{name}") for name in _RAY_OPTIONS}
+    cluster = {name: value for name, value in cluster.items() if value is not None}
+    if arguments.ray:
+        from embedding_server.ray.corpus import ClusterOptions, embed_on_ray
 
+        return embed_on_ray(settings, options, ClusterOptions(**cluster))
+    if cluster:
+        raise ConfigurationError(f"--ray-{next(iter(cluster))} needs --ray.")
+    from embedding_server.corpus.files import embed_files
 
-def embed_corpus(settings: Settings, options: CorpusOptions) -> int:
-    """Embed every line of ``options.files``; returns the exit code.
-
-    Raises BadLine, naming file and line, for one that can't be embedded; a file of output is
-    then left as it was before.
-    """
-    check_readable(options.files)
-    if options.field is None and any(Path(file).suffix in _JSON_LINES for file in options.files):
-        logger.warning("every line is embedded as it stands; --field NAME takes it as JSON")
-    check_output(options.output)
-    with Embedder.from_settings(settings.model[0], settings) as embedder:
-        dims = options.params.dimensions or embedder.info.dims
-        try:
-            with open_writer(options.output, dims) as writer:
-                _embed_all(embedder, options, writer)
-        except BrokenPipeError:  # the reader, as `head`, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-
-
-def _embed_all(embedder: Embedder, options: CorpusOptions, writer: Writer) -> None:
-    total = 0
-    truncated = 0
-    first: Line | None = None
-    with tqdm(unit=" texts", disable=not sys.stderr.isatty()) as progress:
-        lines = read_lines(options.files, options.field)
-        for chunk in embed_lines(embedder, lines, options.params):
-            writer.write(chunk.embeddings)
-            truncated += len(chunk.truncated)
-            first = first or next(iter(chunk.truncated), None)
-            total += len(chunk.lines)
-            progress.update(len(chunk.lines))
-    logger.info("embedded %d texts", total)
-    if first is not None:
-        logger.warning(
-            "%d of %d texts were cut to the %d tokens that %s takes, the first in %s",
-            *(truncated, total, embedder.info.max_tokens, embedder.info.name, first.place),
-        )
+    return embed_files(settings, options)

@@ -3,21 +3,32 @@
 
 from __future__ import annotations
 
+import argparse
 import socket
 import ssl
 import sys
 from http.client import HTTPConnection, HTTPException
 
+from embedding_server.commands.options import add_settings
 from embedding_server.errors import ConfigurationError
 from embedding_server.settings import Settings
 
-__all__ = ["check_health"]
+__all__ = ["add_options", "run"]
 
 _SECONDS = 5.0
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
-def check_health(settings: Settings) -> int:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the settings that say where the server listens."""
+    parser.description = (
+        "Ask a server on this machine whether it is ready; exits with 0 if it is. Give the\n"
+        "settings that the server was started with."
+    )
+    add_settings(parser, "health")
+
+
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Ask the server with these settings, and print its answer; 0 if it is ready, else 1.
 
     Raises ConfigurationError for settings that leave no way to ask.

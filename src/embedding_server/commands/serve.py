@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from embedding_server.commands.options import add_settings
 from embedding_server.serving.listener import listening
 from embedding_server.serving.notify import Notifier
 from embedding_server.settings import Settings
@@ -17,12 +19,18 @@ if TYPE_CHECKING:
     from embedding_server.serving.service import Service
     from embedding_server.serving.supervisor import Supervisor
 
-__all__ = ["serve"]
+__all__ = ["add_options", "run"]
 
 logger = logging.getLogger(__name__)
 
 
-def serve(settings: Settings) -> int:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``serve``, which are settings only."""
+    parser.description = "Answer HTTP requests."
+    add_settings(parser, "serve")
+
+
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Serve until drained; the exit code is 0, or 128 and the second signal.
 
     Raises ConfigurationError if the address can't be listened on, the server isn't installed or

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedding_server.backends.torch import load_sentence_transformer
+from embedding_server.commands.tables import print_rows
 from embedding_server.embedder import Embedder
 from embedding_server.engine.parameters import EmbedParams
 from embedding_server.engine.postprocess import normalize, postprocess
@@ -29,6 +30,8 @@ __all__ = [
     "verify_vectors",
     "write_reference",
 ]
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5
 """Largest difference of any value of normalised vectors, as every backend promises."""
@@ -88,6 +91,7 @@ def verify_vectors(embedder: Embedder, folder: Path) -> Verification:
     Raises ModelNotSupported without the extra [torch], or if sentence-transformers itself
     can't load the folder.
     """
+    logger.info("comparing with sentence-transformers, which takes some seconds to load")
     reference = load_sentence_transformer(read_layout(folder).pipeline)
     texts = list(TEXTS)
     params = EmbedParams(normalize=False)
@@ -149,8 +153,7 @@ def print_verification(result: Verification) -> None:
         ("sentence-transformers", f"{result.reference_texts_per_second:.0f} texts/s"),
         ("verdict", "exact" if result.exact else "NOT EXACT"),
     )
-    for name, value in rows:
-        sys.stdout.write(f"{name:<22} {value}\n")
+    print_rows(rows)
 
 
 def _cosines(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:

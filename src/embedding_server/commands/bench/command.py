@@ -1,122 +1,129 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The ``bench`` command: a server under one workload, and how it stands it."""
+"""The ``bench`` command: a server under load, or with ``bench engine`` a model alone."""
 
 from __future__ import annotations
 
-import asyncio
-import selectors
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import argparse
 
-from embedding_server.commands.bench.measure import Measurement, measure
-from embedding_server.commands.bench.mixed import JOB, QUERIES, Mixed, measure_mixed
-from embedding_server.commands.bench.operations import ModelCost
-from embedding_server.commands.bench.report import environment, print_json, print_rows
-from embedding_server.commands.bench.subject import Subject, subject_of
-from embedding_server.commands.bench.workloads import WORKLOADS, build_workload
-from embedding_server.settings import Settings
+from embedding_server.commands.bench.workloads import MIXED, WORKLOADS
+from embedding_server.commands.options import add_settings, given_settings, positive
+from embedding_server.errors import ConfigurationError
+from embedding_server.settings import Settings, rows
 
-__all__ = ["ServerBench", "bench_server"]
+__all__ = ["add_options", "run"]
 
-_CONNECTIONS = {"pair": 64, "query": 64, "uniform": 8, "chunks": 4, "bulk": 1, "mixed": 64}
-_MIXED_RATE = 10.0
+_DESCRIPTION = """\
+Measure a server under load from this process: a new one, or the one at --url. Without --model
+its first model is measured, of a new one all-MiniLM-L6-v2. Exits with 1 if a request failed.
 
+  embedding-server bench                          one sentence a request, 64 connections
+  embedding-server bench --workload chunks        32 texts a request, 8 to 280 words each
+  embedding-server bench --rate 50                latency at 50 requests a second
+  embedding-server bench --url http://host:5000   a server that is running
+  embedding-server bench --workload mixed         queries beside a large job: what each loses
+  embedding-server bench --json | jq .requests_per_second
+  embedding-server bench engine                   the model alone, beside the machine's peak
+"""
 
-@dataclass(frozen=True, slots=True)
-class ServerBench:
-    """What ``bench`` was asked for."""
+_ENGINE_DESCRIPTION = """\
+Measure the backend alone, in this process: tokens and useful floating-point operations a second
+for batches of several shapes, as a share of the machine's peak.
 
-    as_json: bool
-    workload: str = "query"
-    url: str | None = None
-    """None: a server is started for it."""
-    connections: int | None = None
-    """None: as many as suit the workload."""
-    duration: float = 10.0
-    rate: float | None = None
-    """Requests a second; None: as many as are answered."""
+  embedding-server bench engine
+  embedding-server bench engine --threads 1 --max-batch-tokens 1024
+"""
+
+_SERVER_OPTIONS = ("workload", "url", "connections", "duration", "rate")
 
 
-def bench_server(
-    settings: Settings, flags: Mapping[str, object], config: Path | None, bench: ServerBench
-) -> int:
-    """Measure, and print the result; returns 1 if any request failed, else 0.
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``bench`` and the command ``bench engine``."""
+    parser.description = _DESCRIPTION
+    workloads = "; ".join(
+        f"{name}: {row.help} ({row.connections})" for name, row in WORKLOADS.items()
+    )
+    parser.add_argument(
+        "--workload",
+        choices=[*WORKLOADS, MIXED],
+        help=f"the requests to send, of texts from the standard library's docstrings; {workloads}; "
+        f"{MIXED}: queries at a fixed rate, an endless bulk job, and both, in three rounds (64) "
+        "(default: query)",
+    )
+    parser.add_argument(
+        "--url", help="measure the server there, as http://host:port; any with /v1/embeddings"
+    )
+    parser.add_argument(
+        "--connections",
+        type=positive(int, 1000),
+        metavar="N",
+        help="keep-alive connections (default: the number in brackets above)",
+    )
+    parser.add_argument(
+        "--duration",
+        type=positive(float, 86_400),
+        metavar="SECONDS",
+        help="how long requests are sent, in 'mixed' in each phase (default: 10)",
+    )
+    parser.add_argument(
+        "--rate",
+        type=positive(float, 100_000),
+        metavar="N",
+        help="send N requests a second at even times, and count latency from when each was due; "
+        "without it each connection sends its next request when the last is answered ('mixed': "
+        "10)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the line of JSON only")
+    add_settings(parser, "serve", without=("host", "port"))
 
-    ``flags`` and ``config`` are what ``settings`` came from, for the server to be started.
-    Raises ConfigurationError if there is nothing to be measured.
-    """
-    connections = bench.connections or _CONNECTIONS[bench.workload]
-    rate = bench.rate or (_MIXED_RATE if bench.workload == "mixed" else None)
-
-    async def run(subject: Subject) -> tuple[str, Measurement | Mixed]:
-        model = await subject.model()
-        if rate is not None and bench.workload == "mixed":
-            return model, await measure_mixed(
-                subject, model, connections=connections, seconds=bench.duration, rate=rate
-            )
-        return model, await measure(
-            subject,
-            build_workload(bench.workload),
-            model,
-            ModelCost.of_model(subject.local_model or model, settings.load_models_from),
-            connections=connections,
-            seconds=bench.duration,
-            rate=rate,
-        )
-
-    with (
-        subject_of(settings, bench.url, flags, config) as subject,
-        asyncio.Runner(loop_factory=_fast_loop if rate is None else _punctual_loop) as runner,
-    ):
-        model, measured = runner.run(run(subject))
-    settings_told = {
-        "url": bench.url,
-        "model": model,
-        "workload": bench.workload,
-        "connections": connections,
-        "rate": rate,
-        "duration": bench.duration,
-    }
-    result = measured.result()
-    if not bench.as_json:
-        pace = "each as fast as it is answered" if rate is None else f"{rate:g} requests/s"
-        lanes = f"{connections} connection" + ("s" if connections > 1 else "")
-        print_rows(
-            [
-                ("workload", f"{bench.workload}: {_help(bench.workload)}"),
-                ("load", f"{lanes}, {pace}, {bench.duration:g} s"),
-                ("server", bench.url or "started here"),
-                ("model", model),
-                *measured.rows(),
-                ("failures", _told(measured)),
-            ]
-        )
-    print_json({"benchmark": "server", **environment(), **settings_told, **result})
-    return 1 if measured.failures or not measured.answered else 0
-
-
-def _fast_loop() -> asyncio.AbstractEventLoop:
-    """The one that costs the least for each request; its timers are whole milliseconds."""
-    try:
-        import uvloop
-    except ImportError:  # there is none for Windows
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
+    kinds = parser.add_subparsers(dest="kind", metavar="[engine]")
+    engine = kinds.add_parser(
+        "engine",
+        help="the backend alone, and the machine's peak",
+        description=_ENGINE_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    engine.add_argument(
+        "--rounds",
+        type=positive(int, 1000),
+        default=5,
+        metavar="N",
+        help="how often each shape is measured, in turn; the best counts (default: 5)",
+    )
+    engine.add_argument(
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS,  # else its False would replace that of 'bench --json engine'
+        help="print the line of JSON only",
+    )
+    add_settings(engine, "embed", without=("matryoshka",))
 
 
-def _punctual_loop() -> asyncio.AbstractEventLoop:
-    """One whose timers are exact to some ten microseconds: select(2) waits in microseconds."""
-    return asyncio.SelectorEventLoop(selectors.SelectSelector())
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Measure, print the result, and return the exit code."""
+    if len(settings.model) > 1:
+        raise ConfigurationError("One model is measured at a time: give one --model.")
+    if arguments.kind == "engine":
+        from embedding_server.commands.bench.engine import bench_engine
+
+        _refuse_server_options(arguments)
+        return bench_engine(settings, rounds=arguments.rounds, as_json=arguments.json)
+
+    from embedding_server.commands.bench.server import ServerBench, bench_server
+
+    given = {name: getattr(arguments, name) for name in _SERVER_OPTIONS}
+    options = {name: value for name, value in given.items() if value is not None}
+    return bench_server(
+        settings,
+        given_settings(arguments),
+        arguments.config,
+        ServerBench(**options, as_json=arguments.json),
+    )
 
 
-def _help(workload: str) -> str:
-    if workload == "mixed":
-        return f"{WORKLOADS[QUERIES].help}, beside an endless job of {WORKLOADS[JOB].help}"
-    return WORKLOADS[workload].help
-
-
-def _told(measured: Measurement | Mixed) -> str:
-    counts = ", ".join(f"{what}: {count}" for what, count in measured.failures.items())
-    reason = f" (the first: {measured.first_failure})" if measured.first_failure else ""
-    return f"{counts}{reason}" if counts else "none"
+def _refuse_server_options(arguments: argparse.Namespace) -> None:
+    refused = [name for name in _SERVER_OPTIONS if getattr(arguments, name) is not None]
+    refused += [row.name for row in rows() if row.name in arguments and "embed" not in row.commands]
+    if refused:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(refused))
+        raise ConfigurationError(f"'bench engine' needs no server and doesn't take {flags}.")

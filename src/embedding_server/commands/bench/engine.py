@@ -17,16 +17,14 @@ from embedding_server.commands.bench.report import (
     environment,
     number,
     print_json,
-    print_rows,
-    print_table,
     progress,
     significant,
 )
 from embedding_server.commands.bench.workloads import build_workload
+from embedding_server.commands.tables import print_rows, print_table
 from embedding_server.engine.backend import Backend
 from embedding_server.engine.batch import Batch, Encoding, Entry
 from embedding_server.engine.scheduler import Scheduler
-from embedding_server.errors import ConfigurationError
 from embedding_server.machine import available_cores
 from embedding_server.models.catalog import DEFAULT_MODELS
 from embedding_server.models.hub import locate
@@ -80,8 +78,6 @@ def bench_engine(settings: Settings, *, rounds: int, as_json: bool) -> int:
 
     Raises ModelError if it can't be had or run, or if its sizes aren't known.
     """
-    if len(settings.model) > 1:
-        raise ConfigurationError("One model is measured at a time: give one --model.")
     spec = parse_spec(
         settings.model[0] if settings.model else DEFAULT_MODELS[0], revision=settings.revision
     )
@@ -133,6 +129,7 @@ def bench_engine(settings: Settings, *, rounds: int, as_json: bool) -> int:
         print_table(
             ("batch", "tokens", "at once", "ms", "tokens/s", "GFLOP/s useful", "of peak"),
             [_row(shape, gflops) for shape in shapes],
+            left=1,
         )
     print_json(result)
     return 0

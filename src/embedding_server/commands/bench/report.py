@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,8 +17,6 @@ __all__ = [
     "environment",
     "number",
     "print_json",
-    "print_rows",
-    "print_table",
     "progress",
     "significant",
 ]
@@ -40,24 +38,6 @@ def environment() -> dict[str, object]:
             "system": f"{platform.system()} {platform.machine()}",
         },
     }
-
-
-def print_rows(rows: Iterable[tuple[str, str]]) -> None:
-    """A line each, its label first."""
-    for label, value in rows:
-        sys.stdout.write(f"{label:<22} {value}\n")
-
-
-def print_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns below their heading; the first is of words, the others of numbers."""
-    lines = [heading, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
-    for line in lines:
-        cells = [
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        sys.stdout.write("  ".join(cells) + "\n")
 
 
 def print_json(result: Mapping[str, object]) -> None:

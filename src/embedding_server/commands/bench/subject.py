@@ -83,8 +83,6 @@ def subject_of(
 
     Raises ConfigurationError if there is none, and for flags that it can't be given.
     """
-    if len(settings.model) > 1:
-        raise ConfigurationError("One model is measured at a time: give one --model.")
     asked = settings.model[0] if settings.model else None
     key = settings.api_key[0].get_secret_value() if settings.api_key else None
     if url is not None:

@@ -22,10 +22,12 @@ from embedding_server.errors import ConfigurationError
 __all__ = [
     "BULK_WORDS",
     "CHUNK_WORDS",
+    "MIXED",
     "QUERY_WORDS",
     "UNIFORM_WORDS",
     "WORKLOADS",
     "Workload",
+    "WorkloadRow",
     "build_workload",
     "request_bodies",
 ]
@@ -38,6 +40,9 @@ CHUNK_WORDS = (8, 280)
 """Words of a text of ``chunks``: of its 32 texts each has another length, evenly spread."""
 BULK_WORDS = (8, 120)
 """Words of a text of ``bulk``, evenly spread; a server takes 300,000 tokens in a request."""
+
+MIXED = "mixed"
+"""Not one workload but two at once: ``query`` beside ``bulk``."""
 
 _TEXTS = 32
 _BULK_TEXTS = 2048
@@ -124,19 +129,22 @@ def _bulk(corpus: _Corpus, chance: random.Random) -> Iterator[tuple[str, ...]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class WorkloadRow:
+    """A row of ``WORKLOADS``."""
+
     help: str
+    connections: int
+    """How many requests are under way at a time, unless the user says otherwise."""
     build: Callable[[_Corpus, random.Random], Iterator[tuple[str, ...]]]
 
 
-WORKLOADS: Mapping[str, _Row] = {
-    "pair": _Row("two words, each an input", _pair),
-    "query": _Row("one sentence of 8 to 20 words", _query),
-    "uniform": _Row("32 texts of 24 words", _uniform),
-    "chunks": _Row("32 texts of 8 to 280 words, evenly spread", _chunks),
-    "bulk": _Row("2,048 texts of 8 to 120 words, evenly spread", _bulk),
+WORKLOADS: Mapping[str, WorkloadRow] = {
+    "pair": WorkloadRow("two words, each an input", 64, _pair),
+    "query": WorkloadRow("one sentence of 8 to 20 words", 64, _query),
+    "uniform": WorkloadRow("32 texts of 24 words", 8, _uniform),
+    "chunks": WorkloadRow("32 texts of 8 to 280 words, evenly spread", 4, _chunks),
+    "bulk": WorkloadRow("2,048 texts of 8 to 120 words, evenly spread", 1, _bulk),
 }
-"""Each workload by its name, with what it is and what makes its requests."""
 
 
 def _mixed_lengths(

@@ -19,7 +19,7 @@ import pytest
 import uvloop
 from live import LiveServer, resident_mib, running_server
 
-from embedding_server.commands.bench.connections import Pool, parse_target
+from embedding_server.commands.bench.connections import Connection, connected, parse_target
 from embedding_server.commands.bench.load import Load, closed_loop, fixed_rate
 
 MODEL = "all-MiniLM-L6-v2"
@@ -62,13 +62,15 @@ def bodies() -> list[bytes]:
 
 
 def put_under(
-    server: LiveServer, connections: int, load: Callable[[Pool, list[bytes]], Awaitable[Load]]
+    server: LiveServer,
+    connections: int,
+    load: Callable[[list[Connection], list[bytes]], Awaitable[Load]],
 ) -> Measured:
     target = parse_target(server.url)
     requests = [target.post(body) for body in bodies()]
 
     async def run() -> Load:
-        async with Pool(target, connections) as pool:
+        async with connected(target, connections) as pool:
             return await load(pool, requests)
 
     before = cpu_seconds(server)

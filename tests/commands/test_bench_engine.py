@@ -73,9 +73,9 @@ def test_costs_are_those_of_the_tokens_as_served(tmp_path: Path) -> None:
     model = tiny.make_bert(tmp_path / "tiny", max_seq_length=16)
     cost = ModelCost(read_layout(model.folder))
     (encoding,) = cost.tokenizer.encode(["river"])
-    tokens, operations = cost.of_request(["river", "river " * 100])
-    assert tokens == len(encoding.ids) + 16
-    assert operations == sum(
+    request = cost.of_request(["river", "river " * 100])
+    assert request.tokens == len(encoding.ids) + 16
+    assert request.operations == sum(
         useful_operations(cost.architecture, length) for length in (len(encoding.ids), 16)
     )
 

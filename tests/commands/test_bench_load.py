@@ -13,7 +13,13 @@ import pytest
 import uvloop
 from stand_in import Reply, StandIn, running_stand_in
 
-from embedding_server.commands.bench.connections import Answer, Pool, Target, fetch, parse_target
+from embedding_server.commands.bench.connections import (
+    Answer,
+    Target,
+    connected,
+    fetch,
+    parse_target,
+)
 from embedding_server.commands.bench.load import Answered, Load, closed_loop, fixed_rate
 from embedding_server.commands.bench.usage import read_metric, read_usage
 from embedding_server.errors import ConfigurationError
@@ -37,14 +43,14 @@ def punctual() -> asyncio.AbstractEventLoop:
 
 async def closed(stand_in: StandIn, *, connections: int, seconds: float) -> Load:
     target = parse_target(stand_in.url)
-    async with Pool(target, connections) as pool:
+    async with connected(target, connections) as pool:
         return await closed_loop(pool, [target.post(body) for body in BODIES], seconds=seconds)
 
 
 async def open_(stand_in: StandIn, *, connections: int, rate: float, seconds: float) -> Load:
     target = parse_target(stand_in.url)
     requests = [target.post(body) for body in BODIES]
-    async with Pool(target, connections) as pool:
+    async with connected(target, connections) as pool:
         return await fixed_rate(pool, requests, rate=rate, seconds=seconds)
 
 
@@ -161,7 +167,7 @@ def test_a_server_that_goes_away_leaves_requests_unanswered() -> None:
         server = await asyncio.start_server(answer_once, "127.0.0.1", 0)
         target = parse_target(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         requests = [target.post(BODIES[0])]
-        async with Pool(target, 1) as pool:
+        async with connected(target, 1) as pool:
             return await fixed_rate(pool, requests, rate=50, seconds=0.6)
 
     load = run(load_of_a_dying_server(), punctual)

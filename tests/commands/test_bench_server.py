@@ -101,13 +101,15 @@ def test_fixed_rate(live: LiveServer, model: str) -> None:
     )
     assert (result["requests"], result["rate"], result["connections"]) == (4, 8, 3)
     assert any("3 connections, 8 requests/s, 0.5 s" in line for line in table)
-    cost = ModelCost.of_model(model, None)
-    assert cost is not None
-    each = [cost.of_request(texts) for texts in build_workload("query").requests[:4]]
+    model_cost = ModelCost.of_model(model, None)
+    assert model_cost is not None
+    each = [model_cost.of_request(texts) for texts in build_workload("query").requests[:4]]
     seconds = result["seconds"]
-    assert result["tokens_per_second"] * seconds == pytest.approx(sum(t for t, _ in each), rel=0.01)
+    assert result["tokens_per_second"] * seconds == pytest.approx(
+        sum(cost.tokens for cost in each), rel=0.01
+    )
     assert result["gflops_useful"] * seconds == pytest.approx(
-        sum(operations for _, operations in each) / 1e9, rel=0.01
+        sum(cost.operations for cost in each) / 1e9, rel=0.01
     )
 
 

@@ -109,12 +109,12 @@ def test_mixed_lengths_are_evenly_spread(name: str, count: int, words: tuple[int
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_requests_differ(name: str) -> None:
     workload = build_workload(name)
-    assert (workload.name, workload.help) == (name, WORKLOADS[name].help)
+    assert workload.name == name
     assert len(set(workload.requests)) == len(workload.requests) > 1
 
 
 def test_bodies_are_requests_of_the_api() -> None:
-    workload = Workload("some", "two of them", (("naïve “quotes”",), ("one", "two")))
+    workload = Workload("some", (("naïve “quotes”",), ("one", "two")))
     bodies = [json.loads(body) for body in request_bodies(workload, "my/model")]
     assert bodies == [
         {"model": "my/model", "input": "naïve “quotes”"},

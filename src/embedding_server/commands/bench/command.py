@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from embedding_server.commands.bench.workloads import MIXED, WORKLOADS
-from embedding_server.commands.options import add_settings, given_settings, positive
+from embedding_server.commands.options import add_settings, positive
 from embedding_server.errors import ConfigurationError
 from embedding_server.settings import Settings, rows
 
@@ -109,16 +109,9 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         _refuse_server_options(arguments)
         return bench_engine(settings, rounds=arguments.rounds, as_json=arguments.json)
 
-    from embedding_server.commands.bench.server import ServerBench, bench_server
+    from embedding_server.commands.bench.server import bench_server
 
-    given = {name: getattr(arguments, name) for name in _SERVER_OPTIONS}
-    options = {name: value for name, value in given.items() if value is not None}
-    return bench_server(
-        settings,
-        given_settings(arguments),
-        arguments.config,
-        ServerBench(**options, as_json=arguments.json),
-    )
+    return bench_server(settings, arguments)
 
 
 def _refuse_server_options(arguments: argparse.Namespace) -> None:

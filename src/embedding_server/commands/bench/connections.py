@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Keep-alive connections that cost little: prebuilt requests out, status and tail of answers in.
+"""Keep-alive connections that cost little CPU time.
 
-The generator shares the machine with the server it measures, so an answer isn't parsed: only
-its length is followed, and the last bytes are kept.
+The generator shares the machine with the server that it measures. So requests are built before,
+and an answer isn't parsed: its length is followed, and its last bytes are kept.
 """
 
 from __future__ import annotations
@@ -10,24 +10,34 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self, cast
+from typing import cast
 from urllib.parse import urlsplit
 
 from embedding_server.errors import ConfigurationError
 
-__all__ = ["CLOSED", "UNFRAMED", "Answer", "Connection", "Pool", "Target", "fetch", "parse_target"]
+__all__ = [
+    "CLOSED",
+    "UNFRAMED",
+    "Answer",
+    "Connection",
+    "Target",
+    "connected",
+    "fetch",
+    "parse_target",
+]
 
 CLOSED = 0
-"""In place of a status: the server closed the connection instead of answering."""
+"""Stands for a status: the server closed the connection and didn't answer."""
 UNFRAMED = -1
-"""In place of a status: no HTTP/1.1, or no Content-Length that tells where the answer ends."""
+"""Stands for a status: the answer is no HTTP/1.1, or has no Content-Length."""
 
 _TAIL = 512
-_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)")
 _REOPEN_SECONDS = 0.1
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +47,7 @@ class Target:
     host: str
     port: int
     path: str
-    """Of the embeddings route."""
+    """The path of the embeddings route."""
     api_key: str | None = None
 
     @property
@@ -47,16 +57,16 @@ class Target:
 
     @property
     def models_path(self) -> str:
-        """The route beside the embeddings' that lists models."""
+        """The path of the route that lists models, next to the embeddings route."""
         return self.path.removesuffix("embeddings") + "models"
 
     def post(self, body: bytes) -> bytes:
-        """The whole request for ``body``, JSON."""
+        """The bytes of a request that sends ``body``, JSON, for embeddings."""
         head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         return self._head("POST", self.path, head) + body
 
     def get(self, path: str) -> bytes:
-        """The whole request for ``path``."""
+        """The bytes of a request for ``path``."""
         return self._head("GET", path, "")
 
     def _head(self, method: str, path: str, headers: str) -> bytes:
@@ -66,18 +76,18 @@ class Target:
 
 
 def parse_target(url: str, api_key: str | None = None) -> Target:
-    """Read ``http://host:port``, to which /v1/embeddings is added unless the path ends so.
+    """Read ``http://host:port``; /v1/embeddings is added unless the path ends in /embeddings.
 
     Raises ConfigurationError for anything else.
     """
     try:
         parts = urlsplit(url)
         port = parts.port or 80
-    except ValueError:  # a port that is no number
+    except ValueError:  # the port is no number
         parts, port = urlsplit(""), 0
     if parts.scheme != "http" or not parts.hostname or parts.query or parts.fragment:
         raise ConfigurationError(
-            f"--url {url!r} must be as http://127.0.0.1:5000; over https the encryption would be "
+            f"--url {url!r} must be as http://127.0.0.1:5000; with https the encryption would be "
             "measured, too."
         )
     path = parts.path.rstrip("/")
@@ -88,59 +98,76 @@ def parse_target(url: str, api_key: str | None = None) -> Target:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """``status`` may be ``CLOSED`` or ``UNFRAMED``; ``body`` is the kept end of the body."""
+    """The status, or ``CLOSED`` or ``UNFRAMED``, and the end of the body."""
 
     status: int
     body: bytes
 
     @property
     def reason(self) -> str:
-        """The sentence of an error in our and OpenAI's shape, else the beginning of the body."""
+        """The message of an error in OpenAI's shape and ours, else the beginning of the body."""
         try:
             return str(json.loads(self.body)["error"]["message"])
         except (ValueError, LookupError, TypeError):
-            return self.body[:300].decode(errors="replace").strip() or "it says no more."
+            return self.body[:300].decode(errors="replace").strip() or "no reason given."
 
 
 class Connection(asyncio.Protocol):
-    """One connection, with one request under way at a time."""
+    """A connection to one server with one request under way at a time; it can be reopened."""
 
-    def __init__(
-        self,
-        on_answer: Callable[[Connection, Answer], None],
-        on_lost: Callable[[Connection], None],
-        *,
-        keep: int = _TAIL,
-    ) -> None:
-        self._on_answer = on_answer
-        self._on_lost = on_lost
+    def __init__(self, target: Target, *, keep: int = _TAIL) -> None:
+        """Of each body the last ``keep`` bytes are kept."""
+        self._target = target
         self._keep = keep
         self._transport: asyncio.Transport | None = None
-        self._waiting = self._closing = False
+        self._answer: asyncio.Future[Answer] | None = None
+        self._ending = False
         self._head = self._body = b""
         self._missing = -1
         self._status = CLOSED
 
-    @property
-    def usable(self) -> bool:
-        """Whether it is open and no request is under way."""
-        return self._transport is not None and not self._waiting and not self._closing
+    async def open(self) -> None:
+        """Connect; raises OSError if the server can't be reached."""
+        self.close()
+        self._ending = False
+        loop = asyncio.get_running_loop()
+        await loop.create_connection(lambda: self, self._target.host, self._target.port)
 
-    def send(self, request: bytes) -> None:
-        """Send it; ``on_answer`` tells the end."""
+    async def reopen(self, *, until: float) -> bool:
+        """Connect if the connection was closed; returns whether it is open by the time ``until``.
+
+        One attempt is always made. ``until`` is of ``time.perf_counter``.
+        """
+        while self._transport is None or self._ending:
+            try:
+                await self.open()
+            except OSError:
+                if time.perf_counter() > until:
+                    return False
+                await asyncio.sleep(_REOPEN_SECONDS)
+        return True
+
+    async def request(self, request: bytes) -> Answer:
+        """Send ``request`` on the open connection and wait for the answer."""
         assert self._transport is not None
-        self._waiting = True
+        self._answer = asyncio.get_running_loop().create_future()
         self._head = self._body = b""
         self._missing = -1
         self._transport.write(request)
+        try:
+            return await self._answer
+        except asyncio.CancelledError:  # the answer may still come, and must not be the next one's
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Hang up, whatever is under way."""
+        """Hang up, even if a request is under way."""
         if self._transport is not None:
             self._transport.abort()
+            self._transport = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is only like one
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
     def data_received(self, data: bytes) -> None:
         if self._missing < 0:
@@ -151,12 +178,11 @@ class Connection(asyncio.Protocol):
             head, data = self._head[:end].lower(), self._head[end + 4 :]
             length = _LENGTH.search(head)
             if length is None or not head.startswith(b"http/1."):
-                self._closing = True
                 self._finish(UNFRAMED)
                 self.close()
                 return
             self._status, self._missing = int(head[9:12]), int(length[1])
-            self._closing = b"\r\nconnection: close" in head
+            self._ending = b"\r\nconnection: close" in head
         self._missing -= len(data)
         whole = data if len(data) >= self._keep else self._body + data
         self._body = whole[-self._keep :]
@@ -166,131 +192,47 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self._finish(CLOSED)
-        self._on_lost(self)
 
     def _finish(self, status: int) -> None:
-        if self._waiting:
-            self._waiting = False
-            self._on_answer(self, Answer(status, self._body))
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(Answer(status, self._body))
 
 
-class Pool:
-    """A number of connections to one server; one that is lost is opened again.
+@asynccontextmanager
+async def connected(target: Target, count: int) -> AsyncIterator[list[Connection]]:
+    """``count`` open connections, closed at the end.
 
-    ``on_ready`` is called with each connection that can be used: after ``start`` with all of
-    them, later with those that were opened again.
+    Raises ConfigurationError if the server can't be reached.
     """
-
-    def __init__(self, target: Target, size: int) -> None:
-        self._target = target
-        self._size = size
-        self._open: list[Connection] = []
-        self._reopening: set[asyncio.Task[None]] = set()
-        self._closed = False
-        self._on_answer: Callable[[Connection, Answer], None] | None = None
-        self._on_ready: Callable[[Connection], None] | None = None
-
-    async def __aenter__(self) -> Self:
-        try:
-            self._open = [await self._connect() for _ in range(self._size)]
-        except OSError as error:
-            raise _unreachable(self._target, error) from None
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
-        self._closed = True
-        for task in self._reopening:
-            task.cancel()
-        await asyncio.gather(*self._reopening, return_exceptions=True)
-        for connection in self._open:
+    connections = [Connection(target) for _ in range(count)]
+    try:
+        for connection in connections:
+            await _open(connection, target)
+        yield connections
+    finally:
+        for connection in connections:
             connection.close()
-        await asyncio.sleep(0)  # lets the transports close
-
-    @property
-    def connected(self) -> bool:
-        """Whether any connection is open."""
-        return bool(self._open)
-
-    def start(
-        self,
-        on_ready: Callable[[Connection], None],
-        on_answer: Callable[[Connection, Answer], None],
-    ) -> None:
-        """Call these from now on, and ``on_ready`` for every connection at once."""
-        self._on_ready, self._on_answer = on_ready, on_answer
-        for connection in list(self._open):
-            if connection.usable:
-                on_ready(connection)
-
-    def stop(self) -> None:
-        """Call nobody any more."""
-        self._on_ready = self._on_answer = None
-
-    async def _connect(self) -> Connection:
-        _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: Connection(self._answered, self._lost), self._target.host, self._target.port
-        )
-        return connection
-
-    def _answered(self, connection: Connection, answer: Answer) -> None:
-        if self._on_answer is not None:
-            self._on_answer(connection, answer)
-        if connection.usable and self._on_ready is not None:
-            self._on_ready(connection)
-
-    def _lost(self, connection: Connection) -> None:
-        if self._closed:
-            return
-        self._open.remove(connection)
-        task = asyncio.get_running_loop().create_task(self._reopen())
-        self._reopening.add(task)
-        task.add_done_callback(self._reopening.discard)
-
-    async def _reopen(self) -> None:
-        while True:
-            await asyncio.sleep(_REOPEN_SECONDS)
-            try:
-                connection = await self._connect()
-            except OSError:
-                continue
-            self._open.append(connection)
-            if self._on_ready is not None:
-                self._on_ready(connection)
-            return
+        await asyncio.sleep(0)  # the transports close in the next turn of the loop
 
 
 async def fetch(target: Target, request: bytes, *, seconds: float) -> Answer:
-    """One request on a connection of its own, with the answer's whole body.
+    """Send one request on a new connection; the answer has the whole body.
 
     Raises ConfigurationError if the server can't be reached, and TimeoutError.
     """
-    loop = asyncio.get_running_loop()
-    answered: asyncio.Future[Answer] = loop.create_future()
-
-    def finish(_: Connection, answer: Answer) -> None:
-        if not answered.done():
-            answered.set_result(answer)
-
-    def make() -> Connection:
-        return Connection(finish, lambda _: None, keep=2**62)
-
+    connection = Connection(target, keep=2**62)
     try:
-        _, connection = await loop.create_connection(make, target.host, target.port)
-    except OSError as error:
-        raise _unreachable(target, error) from None
-    try:
-        connection.send(request)
-        return await asyncio.wait_for(answered, seconds)
+        await _open(connection, target)
+        async with asyncio.timeout(seconds):
+            return await connection.request(request)
     finally:
         connection.close()
 
 
-def _unreachable(target: Target, error: OSError) -> ConfigurationError:
-    reason = error.strerror or str(error)
-    return ConfigurationError(f"There is no server at {target.url}: {reason}.")
+async def _open(connection: Connection, target: Target) -> None:
+    try:
+        await connection.open()
+    except OSError as error:
+        raise ConfigurationError(
+            f"There is no server at {target.url}: {error.strerror or error}."
+        ) from None

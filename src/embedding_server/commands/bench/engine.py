@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The ``bench engine`` command: the backend alone, beside what the machine can do at all."""
+"""The ``bench engine`` command: the backend alone, beside the machine's peak."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from embedding_server.settings import Settings
 __all__ = ["bench_engine"]
 
 _TOKENS = 512
-"""What batches are packed to, beside the budget in use: for figures that can be compared."""
+"""A budget besides the one in use, for figures that can be compared."""
 _LENGTHS = (32, 128, 512)
 _REQUESTS = 16
-"""Of ``pair`` and ``query``, a batch each, as when one client asks."""
+"""Requests of ``pair`` and ``query``, a batch each, as when one client asks."""
 _MIXED_REQUESTS = 2
 _SECONDS = 0.3
-"""How long a shape is run in a round, at the least."""
+"""The least time that a shape is run in a round."""
 
 
 @dataclass(slots=True)
@@ -50,9 +50,9 @@ class _Shape:
     batches: Sequence[Batch]
     operations: int
     at_once: int
-    """How many batches are computed at a time."""
+    """The batches that are computed at a time."""
     seconds: list[float] = field(default_factory=list)
-    """Of all batches: the median of each round."""
+    """The median of each round, for all batches."""
 
     @property
     def tokens(self) -> int:
@@ -60,12 +60,12 @@ class _Shape:
 
     @property
     def best(self) -> float:
-        """Of the rounds: in the others, something else ran."""
+        """The seconds of the best round: in the others, other programs ran."""
         return min(self.seconds)
 
     @property
     def batch_seconds(self) -> float:
-        """Of one batch, on the cores that it has."""
+        """The seconds of one batch, on its cores."""
         return self.best / len(self.batches) * self.at_once
 
     @property
@@ -76,7 +76,7 @@ class _Shape:
 def bench_engine(settings: Settings, *, rounds: int, as_json: bool) -> int:
     """Measure the model of ``settings``, print the result, and return 0.
 
-    Raises ModelError if it can't be had or run, or if its sizes aren't known.
+    Raises ModelError if it is not available or can't run, or if its sizes aren't known.
     """
     spec = parse_spec(
         settings.model[0] if settings.model else DEFAULT_MODELS[0], revision=settings.revision
@@ -170,7 +170,7 @@ def _shapes(cost: ModelCost, backend: Backend, budget: int, at_once: int) -> Ite
 def _scheduled(
     encodings: Sequence[Encoding], tokens: int, *, padded: bool
 ) -> Iterator[list[Encoding]]:
-    """The batches that the server would make of them."""
+    """The batches that the server would make of ``encodings``."""
     scheduler = Scheduler(max_batch_tokens=tokens, padded=padded)
     scheduler.add([Entry("request", (place,), each) for place, each in enumerate(encodings)])
     while entries := scheduler.next_batch():
@@ -187,7 +187,7 @@ def _longest(cost: ModelCost) -> int:
 
 
 def _measure(backend: Backend, cores: Executor, shape: _Shape) -> float:
-    """Seconds for all batches of ``shape``, as many at a time as it says."""
+    """Seconds for all batches of ``shape``, with ``shape.at_once`` at a time."""
     found: list[float] = []
     end = time.perf_counter() + _SECONDS
     while not found or time.perf_counter() < end:

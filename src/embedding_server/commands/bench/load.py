@@ -4,22 +4,25 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import re
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from embedding_server.commands.bench.connections import CLOSED, UNFRAMED, Answer, Connection, Pool
+from embedding_server.commands.bench.connections import CLOSED, UNFRAMED, Answer, Connection
+from embedding_server.commands.bench.report import significant
 
 __all__ = ["Answered", "Load", "closed_loop", "fixed_rate"]
 
 _PATIENCE = 600.0
-"""Seconds that what is under way at the end may still take."""
+"""Seconds after the end within which requests under way must be answered."""
 
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
 _FAILURES = {CLOSED: "closed", UNFRAMED: "unframed"}
+_PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +34,26 @@ class Answered:
     seconds: float
     """From when it was due to the answer's last byte."""
     tokens: int | None
-    """What the server says it computed; None if it doesn't."""
+    """The tokens that the server reports; None if it reports none."""
 
 
 @dataclass(slots=True)
 class Load:
-    """What came of a load; it grows while the load lasts."""
+    """The answers and failures of a load; it grows while the load lasts."""
 
     answered: list[Answered] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
     """By status; ``closed``, ``unframed`` or ``unanswered`` where there is none."""
     first_failure: str | None = None
-    """What the server said to the first that failed."""
+    """The server's reason for the first failure."""
+    sent: int = 0
+    started: float = 0.0
     seconds: float = 0.0
     """From the start to the last answer."""
 
     @property
     def tokens(self) -> int | None:
-        """Of all answers; None if one of them doesn't tell."""
+        """The tokens of all answers; None if one of them reports none."""
         tokens = [answered.tokens for answered in self.answered if answered.tokens is not None]
         return sum(tokens) if len(tokens) == len(self.answered) else None
 
@@ -57,20 +62,71 @@ class Load:
         latencies = sorted(answered.seconds for answered in self.answered)
         return latencies[max(0, math.ceil(share * len(latencies)) - 1)] if latencies else None
 
+    def latency_ms(self) -> dict[str, float | None]:
+        """The percentiles that are reported, in milliseconds."""
+        found = {name: self.percentile(share) for name, share in _PERCENTILES.items()}
+        return {
+            name: None if seconds is None else significant(seconds * 1000)
+            for name, seconds in found.items()
+        }
+
+    def record(self, request: int, due: float, answer: Answer) -> None:
+        """Add the answer that has just come to ``request``, which was due at ``due``."""
+        now = time.perf_counter()
+        self.seconds = now - self.started
+        if answer.status == 200:
+            usage = _PROMPT_TOKENS.search(answer.body)
+            tokens = int(usage[1]) if usage else None
+            self.answered.append(Answered(request, now - due, tokens))
+            return
+        self.failures[_FAILURES.get(answer.status, str(answer.status))] += 1
+        if self.first_failure is None and answer.status > 0:
+            self.first_failure = answer.reason
+
+    def end(self) -> None:
+        """Count the requests that got no answer as failures."""
+        unanswered = self.sent - len(self.answered) - self.failures.total()
+        if unanswered:
+            self.failures["unanswered"] += unanswered
+
 
 async def closed_loop(
-    pool: Pool, requests: Sequence[bytes], *, seconds: float, load: Load | None = None
+    connections: Sequence[Connection],
+    requests: Sequence[bytes],
+    *,
+    seconds: float,
+    load: Load | None = None,
 ) -> Load:
-    """Every connection of ``pool`` sends the next of ``requests`` as soon as it is answered.
+    """Every connection sends the next of ``requests`` as soon as it is answered.
 
     After ``seconds`` no more are sent; those under way are waited for, and count with their time,
     so that few long requests are measured as exactly as many short ones.
     """
-    return await _ClosedLoop(pool, requests, load or Load(), seconds).run()
+    load = load or Load()
+    load.started = time.perf_counter()
+    end = load.started + seconds
+    cycle = itertools.cycle(enumerate(requests))
+
+    async def send(connection: Connection) -> None:
+        while (now := time.perf_counter()) < end:
+            if not await connection.reopen(until=end):
+                return
+            place, request = next(cycle)
+            load.sent += 1
+            load.record(place, now, await connection.request(request))
+
+    try:
+        async with asyncio.timeout(seconds + _PATIENCE), asyncio.TaskGroup() as group:
+            for connection in connections:
+                group.create_task(send(connection))
+    except TimeoutError:
+        pass  # counted as unanswered
+    load.end()
+    return load
 
 
 async def fixed_rate(
-    pool: Pool,
+    connections: Sequence[Connection],
     requests: Sequence[bytes],
     *,
     rate: float,
@@ -79,109 +135,34 @@ async def fixed_rate(
 ) -> Load:
     """``rate`` requests a second for ``seconds``, whether or not earlier ones are answered.
 
-    A latency counts from the time its request was due. Where no connection is free, the request
-    waits for one, and the wait is part of its latency: else a slow server would be asked less
-    often just when it is slow, and that would not show.
+    A latency counts from the time its request was due. If no connection is free, the request
+    waits for one, and the wait is part of its latency: else a slow server would get fewer
+    requests just when it is slow, and the latencies would not show it.
     """
-    return await _FixedRate(pool, requests, load or Load(), seconds, rate).run()
+    load = load or Load()
+    load.started = time.perf_counter()
+    end = load.started + seconds
+    # The connection used last is the first to be used again: the server closes idle ones.
+    idle = list(connections)
+    free = asyncio.Semaphore(len(idle))
 
+    async def send(place: int, due: float) -> None:
+        async with free:
+            connection = idle.pop()
+            if await connection.reopen(until=end):
+                load.record(place, due, await connection.request(requests[place]))
+            idle.append(connection)
 
-class _Run:
-    """What both kinds share: sending, recording, and waiting for the last answer."""
-
-    def __init__(self, pool: Pool, requests: Sequence[bytes], load: Load, seconds: float) -> None:
-        self._pool = pool
-        self._requests = requests
-        self._load = load
-        self._seconds = seconds
-        self._sent = 0
-        self._under_way: dict[Connection, tuple[int, float]] = {}
-        self._queue: deque[float] = deque()
-        self._started = 0.0
-
-    async def run(self) -> Load:
-        self._started = time.perf_counter()
-        self._pool.start(self._ready, self._answered)
-        try:
-            await self._offer()
-            await self._rest()
-        finally:
-            self._pool.stop()
-        return self._load
-
-    async def _offer(self) -> None:
-        """Last as long as requests are to be sent."""
-        raise NotImplementedError
-
-    def _ready(self, connection: Connection) -> None:
-        raise NotImplementedError
-
-    def _send(self, connection: Connection, due: float) -> None:
-        place = self._sent % len(self._requests)
-        self._sent += 1
-        self._under_way[connection] = place, due
-        connection.send(self._requests[place])
-
-    def _answered(self, connection: Connection, answer: Answer) -> None:
-        now = time.perf_counter()
-        if connection not in self._under_way:
-            return  # of an earlier load, which has given it up
-        place, due = self._under_way.pop(connection)
-        self._load.seconds = now - self._started
-        if answer.status == 200:
-            usage = _PROMPT_TOKENS.search(answer.body)
-            tokens = int(usage[1]) if usage else None
-            self._load.answered.append(Answered(place, now - due, tokens))
-        else:
-            self._load.failures[_FAILURES.get(answer.status, str(answer.status))] += 1
-            if self._load.first_failure is None and answer.status > 0:
-                self._load.first_failure = answer.reason
-
-    async def _rest(self) -> None:
-        """Wait for what is still to be answered."""
-        end = time.perf_counter() + _PATIENCE
-        while self._under_way or self._queue:
-            if time.perf_counter() > end or not (self._under_way or self._pool.connected):
-                self._load.failures["unanswered"] += len(self._under_way) + len(self._queue)
-                return
-            await asyncio.sleep(0.01)
-
-
-class _ClosedLoop(_Run):
-    _over = False
-
-    async def _offer(self) -> None:
-        await asyncio.sleep(self._seconds)
-        self._over = True
-
-    def _ready(self, connection: Connection) -> None:
-        if not self._over:
-            self._send(connection, time.perf_counter())
-
-
-class _FixedRate(_Run):
-    def __init__(
-        self, pool: Pool, requests: Sequence[bytes], load: Load, seconds: float, rate: float
-    ) -> None:
-        super().__init__(pool, requests, load, seconds)
-        self._rate = rate
-        self._idle: list[Connection] = []
-
-    async def _offer(self) -> None:
-        for number in range(max(1, round(self._rate * self._seconds))):
-            due = self._started + number / self._rate
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            self._queue.append(due)
-            # The connection used last is the least likely to be closed for idleness.
-            while self._queue and self._idle:
-                self._ready(self._idle.pop())
-        await asyncio.sleep(max(0.0, self._started + self._seconds - time.perf_counter()))
-        self._load.seconds = self._seconds
-
-    def _ready(self, connection: Connection) -> None:
-        if not connection.usable:
-            return
-        if self._queue:
-            self._send(connection, self._queue.popleft())
-        else:
-            self._idle.append(connection)
+    try:
+        async with asyncio.timeout(seconds + _PATIENCE), asyncio.TaskGroup() as group:
+            for number in range(max(1, round(rate * seconds))):
+                due = load.started + number / rate
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                load.sent += 1
+                group.create_task(send(number % len(requests), due))
+            await asyncio.sleep(max(0.0, end - time.perf_counter()))
+    except TimeoutError:
+        pass  # counted as unanswered
+    load.end()
+    load.seconds = max(load.seconds, seconds)
+    return load

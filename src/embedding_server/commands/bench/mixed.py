@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Single queries beside an endless job: what each loses by the other.
 
-Queries alone, the job alone, and both, in several rounds of these three: the machine's speed
-may change over the minutes, and then changes all three alike.
+Queries alone, the job alone, and both, in several rounds of these three: if the machine's speed
+changes over the minutes, it changes for all three alike.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
+from statistics import mean
 
-from embedding_server.commands.bench.connections import Pool
+from embedding_server.commands.bench.connections import Target, connected
 from embedding_server.commands.bench.load import Load, closed_loop, fixed_rate
-from embedding_server.commands.bench.measure import Costs, Watch, latencies, warm_requests
-from embedding_server.commands.bench.report import number, significant
+from embedding_server.commands.bench.measure import warm_requests
+from embedding_server.commands.bench.report import Outcome, number, significant
 from embedding_server.commands.bench.subject import Subject
-from embedding_server.commands.bench.usage import read_metric
+from embedding_server.commands.bench.usage import Costs, read_metric, watch
 from embedding_server.commands.bench.workloads import build_workload, request_bodies
 from embedding_server.errors import ConfigurationError
 
-__all__ = ["JOB", "QUERIES", "Mixed", "measure_mixed"]
+__all__ = ["JOB", "QUERIES", "measure_mixed"]
 
 QUERIES = "query"
 JOB = "bulk"
@@ -40,190 +39,152 @@ _LOOK_SECONDS = 0.1
 _ENDLESS = 1e6
 
 
-@dataclass(slots=True)
-class Mixed:
-    """What the rounds came to; a list has one entry a round."""
+@dataclass(frozen=True, slots=True)
+class _Rounds:
+    """The measurements; each list has one entry a round."""
 
     alone: list[Load] = field(default_factory=list)
     """Queries without the job."""
     beside: list[Load] = field(default_factory=list)
-    """Queries with it."""
+    """Queries with the job."""
     job_alone: list[float] = field(default_factory=list)
     """Tokens of the job a second, without queries."""
     job_beside: list[float] = field(default_factory=list)
-    failures: Counter[str] = field(default_factory=Counter)
-    """Of queries and of the job."""
-    first_failure: str | None = None
-    """What the server said to the first of them."""
-    costs: Costs | None = None
-    """Of all rounds together, with the pauses in between."""
-
-    @property
-    def answered(self) -> int:
-        """Queries that were answered."""
-        return sum(len(load.answered) for load in (*self.alone, *self.beside))
-
-    @property
-    def p99_ratio(self) -> float | None:
-        """How many times a query's 99th percentile grows beside the job."""
-        alone, beside = (_together(loads).percentile(0.99) for loads in (self.alone, self.beside))
-        return beside / alone if alone and beside else None
-
-    @property
-    def job_share(self) -> float | None:
-        """What the job keeps of its throughput beside the queries."""
-        return sum(self.job_beside) / sum(self.job_alone) if sum(self.job_alone) else None
-
-    def rows(self) -> list[tuple[str, str]]:
-        """For people."""
-        costs = self.costs
-        assert costs is not None
-        return [
-            ("queries alone, ms", _told(self.alone)),
-            ("beside the job, ms", _told(self.beside)),
-            ("p99 beside / alone", number(self.p99_ratio)),
-            ("job alone, tokens/s", number(_mean(self.job_alone))),
-            ("beside queries", number(_mean(self.job_beside))),
-            ("job keeps", number(self.job_share, "%", scale=100)),
-            ("server CPU", number(costs.server_cpu_seconds, "s")),
-            ("generator CPU", number(costs.generator_cpu_seconds, "s")),
-            ("server memory, peak", number(costs.peak_bytes, "MB", scale=2**-20)),
-        ]
-
-    def result(self) -> dict[str, object]:
-        """For programs."""
-        costs = self.costs
-        assert costs is not None
-        return {
-            "rounds": len(self.alone),
-            "failures": dict(self.failures),
-            "queries_alone": _figures(self.alone),
-            "queries_beside": _figures(self.beside),
-            "p99_ratio": significant(self.p99_ratio),
-            "job_alone_tokens_per_second": [significant(rate) for rate in self.job_alone],
-            "job_beside_tokens_per_second": [significant(rate) for rate in self.job_beside],
-            "job_share": significant(self.job_share),
-            "server_cpu_seconds": significant(costs.server_cpu_seconds),
-            "generator_cpu_seconds": significant(costs.generator_cpu_seconds),
-            "server_resident_bytes": costs.resident_bytes,
-            "server_peak_bytes": costs.peak_bytes,
-        }
+    job_failures: Counter[str] = field(default_factory=Counter)
 
 
 async def measure_mixed(
     subject: Subject, model: str, *, connections: int, seconds: float, rate: float
-) -> Mixed:
+) -> Outcome:
     """Three rounds; each of their three phases lasts ``seconds``.
 
     Raises ConfigurationError for a server whose /metrics don't show a job's progress.
     """
-    if await read_metric(subject.target, _COMPUTED) is None:
+    target = subject.target
+    if await read_metric(target, _COMPUTED) is None:
         raise ConfigurationError(
-            f"'mixed' reads a job's progress from {_COMPUTED} in {subject.target.url}/metrics, and "
-            "there is none."
+            f"'mixed' reads a job's progress from {_COMPUTED} in {target.url}/metrics, which "
+            "doesn't have it."
         )
     queries, job = (build_workload(name) for name in (QUERIES, JOB))
-    query_requests = [subject.target.post(body) for body in request_bodies(queries, model)]
-    job_requests = [subject.target.post(body) for body in request_bodies(job, model)]
+    query_requests = [target.post(body) for body in request_bodies(queries, model)]
+    job_requests = [target.post(body) for body in request_bodies(job, model)]
     for request in (query_requests[0], *warm_requests(subject, job, model)):
         await subject.try_out(request)
-    mixed = Mixed()
+    rounds = _Rounds()
     phase = "mixed"
-    async with Pool(subject.target, connections) as pool:
+    async with connected(target, connections) as pool:
 
         async def ask(seconds: float) -> Load:
-            load = await fixed_rate(pool, query_requests, rate=rate, seconds=seconds)
-            mixed.failures += load.failures
-            mixed.first_failure = mixed.first_failure or load.first_failure
-            return load
+            return await fixed_rate(pool, query_requests, rate=rate, seconds=seconds)
 
-        await ask(min(_WARM_UP_SECONDS, seconds))
-        async with Watch(subject, lambda: phase) as watch:
+        warm_up = await ask(min(_WARM_UP_SECONDS, seconds))
+        async with watch(target, subject.pid, lambda: phase) as costs:
             for round in range(1, _ROUNDS + 1):
                 phase = f"mixed, round {round} of {_ROUNDS}, queries alone"
-                mixed.alone.append(await ask(seconds))
+                rounds.alone.append(await ask(seconds))
                 phase = f"mixed, round {round} of {_ROUNDS}, job alone"
-                async with _Job(subject, job_requests, mixed.failures) as job_alone:
+                async with _job(target, job_requests, rounds.job_failures) as progress:
                     await asyncio.sleep(seconds)
-                    mixed.job_alone.append(await job_alone.rate(but=0))
+                    rounds.job_alone.append(await progress.rate(without=0))
                 phase = f"mixed, round {round} of {_ROUNDS}, both"
-                async with _Job(subject, job_requests, mixed.failures) as job_beside:
+                async with _job(target, job_requests, rounds.job_failures) as progress:
                     load = await ask(seconds)
-                    mixed.beside.append(load)
-                    mixed.job_beside.append(await job_beside.rate(but=load.tokens or 0))
-    mixed.costs = watch.costs
-    return mixed
+                    rounds.beside.append(load)
+                    rounds.job_beside.append(await progress.rate(without=load.tokens or 0))
+    return _outcome(rounds, warm_up, costs)
 
 
-class _Job:
-    """An endless sequence of large requests on one connection, under way while the body runs."""
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """Where the job stood, in tokens of the server, and when."""
 
-    def __init__(self, subject: Subject, requests: Sequence[bytes], failures: Counter[str]) -> None:
-        self._subject = subject
-        self._requests = requests
-        self._failures = failures
-        self._load = Load()
-        self._stack = AsyncExitStack()
+    target: Target
+    tokens: float
+    time: float
 
-    async def __aenter__(self) -> Self:
-        before = await self._computed()
-        pool = await self._stack.enter_async_context(Pool(self._subject.target, 1))
-        loop = closed_loop(pool, self._requests, seconds=_ENDLESS, load=self._load)
-        self._running = asyncio.create_task(loop)
-        # Reading and tokenising come first; they are no part of what is compared.
-        while not self._load.failures:
-            await asyncio.sleep(_LOOK_SECONDS)
-            if await self._computed() > before:
-                break
-        if self._load.failures:
-            await self._end()
-            raise ConfigurationError(f"The job failed: {self._load.first_failure or 'it hung up.'}")
-        self._first, self._began = await self._computed(), time.perf_counter()
-        return self
+    async def rate(self, *, without: int) -> float:
+        """Tokens a second since then, without as many that were not the job's."""
+        tokens = await _computed(self.target) - self.tokens - without
+        return tokens / (time.perf_counter() - self.time)
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._end()
 
-    async def _end(self) -> None:
-        self._running.cancel()
-        await asyncio.gather(self._running, return_exceptions=True)
-        self._failures += self._load.failures
-        await self._stack.aclose()  # hangs up, and so ends the job
-        for _ in range(round(_QUIET_SECONDS / _LOOK_SECONDS)):
-            await asyncio.sleep(_LOOK_SECONDS)
-            if not await read_metric(self._subject.target, _WAITING):
-                break
+@asynccontextmanager
+async def _job(
+    target: Target, requests: Sequence[bytes], failures: Counter[str]
+) -> AsyncIterator[_Progress]:
+    """Large requests without end, on one connection, are computed while the body runs."""
+    before = await _computed(target)
+    load = Load()
+    async with connected(target, 1) as pool:
+        running = asyncio.create_task(closed_loop(pool, requests, seconds=_ENDLESS, load=load))
+        try:
+            # Reading and tokenizing come first; they are no part of the comparison.
+            while await _computed(target) <= before:
+                if load.failures:
+                    reason = load.first_failure or "the server hung up."
+                    raise ConfigurationError(f"The job failed: {reason}")
+                await asyncio.sleep(_LOOK_SECONDS)
+            yield _Progress(target, await _computed(target), time.perf_counter())
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            failures.update(load.failures)
+    # The connection is closed now, and so the server ends the job.
+    for _ in range(round(_QUIET_SECONDS / _LOOK_SECONDS)):
+        await asyncio.sleep(_LOOK_SECONDS)
+        if not await read_metric(target, _WAITING):
+            break
 
-    async def rate(self, *, but: int) -> float:
-        """Tokens a second computed since the start, ``but`` so many that were not the job's."""
-        tokens = await self._computed() - self._first - but
-        return tokens / (time.perf_counter() - self._began)
 
-    async def _computed(self) -> float:
-        return await read_metric(self._subject.target, _COMPUTED) or 0.0
+async def _computed(target: Target) -> float:
+    return await read_metric(target, _COMPUTED) or 0.0
+
+
+def _outcome(rounds: _Rounds, warm_up: Load, costs: Costs) -> Outcome:
+    alone, beside = _together(rounds.alone), _together(rounds.beside)
+    alone_p99, beside_p99 = alone.percentile(0.99), beside.percentile(0.99)
+    p99_ratio = beside_p99 / alone_p99 if alone_p99 and beside_p99 else None
+    job_total = sum(rounds.job_alone)
+    job_share = sum(rounds.job_beside) / job_total if job_total else None
+    loads = [warm_up, *rounds.alone, *rounds.beside]
+    failures = sum((load.failures for load in loads), rounds.job_failures)
+    reasons = [load.first_failure for load in loads if load.first_failure is not None]
+    rows = [
+        ("queries alone, ms", _percentiles(alone)),
+        ("beside the job, ms", _percentiles(beside)),
+        ("p99 beside / alone", number(p99_ratio)),
+        ("job alone, tokens/s", number(mean(rounds.job_alone))),
+        ("beside queries", number(mean(rounds.job_beside))),
+        ("job keeps", number(job_share, "%", scale=100)),
+        *costs.rows(),
+    ]
+    figures = {
+        "rounds": len(rounds.alone),
+        "failures": dict(failures),
+        "queries_alone": _figures(rounds.alone),
+        "queries_beside": _figures(rounds.beside),
+        "p99_ratio": significant(p99_ratio),
+        "job_alone_tokens_per_second": [significant(rate) for rate in rounds.job_alone],
+        "job_beside_tokens_per_second": [significant(rate) for rate in rounds.job_beside],
+        "job_share": significant(job_share),
+        **costs.figures(),
+    }
+    answered = len(alone.answered) + len(beside.answered)
+    return Outcome(answered, failures, next(iter(reasons), None), rows, figures)
 
 
 def _together(loads: Sequence[Load]) -> Load:
     return Load(answered=[answered for load in loads for answered in load.answered])
 
 
-def _told(loads: Sequence[Load]) -> str:
-    found = latencies(_together(loads))
-    return ", ".join(f"{name} {number(value)}" for name, value in found.items())
+def _percentiles(load: Load) -> str:
+    return ", ".join(f"{name} {number(value)}" for name, value in load.latency_ms().items())
 
 
 def _figures(loads: Sequence[Load]) -> dict[str, object]:
     return {
         "requests": sum(len(load.answered) for load in loads),
-        "latency_ms": latencies(_together(loads)),
-        "p99_ms_by_round": [latencies(load)["p99"] for load in loads],
+        "latency_ms": _together(loads).latency_ms(),
+        "p99_ms_by_round": [load.latency_ms()["p99"] for load in loads],
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

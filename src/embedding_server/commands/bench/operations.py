@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""How many floating-point operations a model's answer needs, without any that are wasted.
+"""The floating-point operations that an answer needs, without padding and other waste.
 
-Counted are the linear layers, two operations for each weight and token, and attention, two
-products of two operations for each pair of tokens that see each other. All else is below 1 %.
+They are those of the linear layers, two for each weight and token, and of attention, two products
+of two operations for each pair of tokens that see each other. The rest is below 1 %.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from embedding_server.backends.architectures import Architecture, Attention, architecture_of
@@ -17,18 +18,18 @@ from embedding_server.models.layout import Layout, read_layout
 from embedding_server.models.spec import parse_spec
 from embedding_server.models.tokenizers import load_tokenizer
 
-__all__ = ["ModelCost", "linear_weights", "useful_operations"]
+__all__ = ["ModelCost", "RequestCost", "linear_weights", "useful_operations"]
 
 
 def useful_operations(architecture: Architecture, length: int) -> int:
-    """For one sequence of ``length`` tokens."""
+    """The operations for one sequence of ``length`` tokens."""
     width = architecture.heads * architecture.head_dim
     pairs = sum(_pairs(attention, length) for attention in architecture.attention)
     return 2 * linear_weights(architecture) * length + 4 * width * pairs
 
 
 def linear_weights(architecture: Architecture) -> int:
-    """Weights of all layers that every token is multiplied by."""
+    """The weights of all layers that every token is multiplied by."""
     hidden, head_dim = architecture.hidden, architecture.head_dim
     heads = 2 * architecture.heads + 2 * architecture.kv_heads  # queries, outputs; keys, values
     mlp = (3 if architecture.gated else 2) * architecture.intermediate
@@ -36,7 +37,7 @@ def linear_weights(architecture: Architecture) -> int:
 
 
 def _pairs(attention: Attention, length: int) -> int:
-    """How many (query, key) pairs there are in a sequence."""
+    """The (query, key) pairs in a sequence."""
     if attention.causal:
         return length * (length + 1) // 2
     if attention.window is None or attention.window >= length:
@@ -45,14 +46,22 @@ def _pairs(attention: Attention, length: int) -> int:
     return length * (2 * window + 1) - window * (window + 1)
 
 
+@dataclass(frozen=True, slots=True)
+class RequestCost:
+    """The tokens and operations of a request."""
+
+    tokens: int
+    operations: int
+
+
 class ModelCost:
-    """What requests cost a model, from its files on this machine."""
+    """Counts the costs of requests with a model's tokenizer and sizes."""
 
     def __init__(self, layout: Layout) -> None:
         """Raises ModelNotSupported for a family whose sizes aren't known here."""
         transformer, config = layout.pipeline.transformer, layout.pipeline.config
         self.architecture = architecture_of(config)
-        assert layout.max_tokens is not None  # which only static embeddings leave open
+        assert layout.max_tokens is not None  # only static embeddings have no limit
         self.tokenizer = load_tokenizer(
             transformer,
             config,
@@ -64,15 +73,16 @@ class ModelCost:
 
     @classmethod
     def of_model(cls, name: str, models_dir: Path | None) -> ModelCost | None:
-        """Those of the model called ``name``; None if it isn't here, or its sizes aren't known."""
+        """The counter for the model ``name``; None if it isn't here, or its sizes aren't known."""
         try:
             located = locate(parse_spec(name), models_dir=models_dir, download=False)
             return cls(read_layout(located.folder))
         except ModelError:
             return None
 
-    def of_request(self, texts: Sequence[str]) -> tuple[int, int]:
-        """``(tokens, operations)`` of a request for ``texts``."""
+    def of_request(self, texts: Sequence[str]) -> RequestCost:
+        """The cost of a request for ``texts``."""
         encodings = self.tokenizer.encode(texts, prompt=self._prompt)
         lengths = [len(encoding.ids) for encoding in encodings]
-        return sum(lengths), sum(useful_operations(self.architecture, n) for n in lengths)
+        operations = sum(useful_operations(self.architecture, length) for length in lengths)
+        return RequestCost(sum(lengths), operations)

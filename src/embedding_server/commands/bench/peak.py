@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""How many single-precision operations a second the machine's cores can do at all."""
+"""The single-precision operations a second that the machine's cores can do at most."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Peak", "machine_peak"]
 _SOURCE = Path(__file__).with_name("fma_peak.c")
 _FLAGS = ("-O3", "-ffp-contract=fast", "-pthread")
 _NATIVE = ("-march=native", "-mcpu=native")
-"""For this very processor; not every compiler knows both."""
+"""Code for this processor; not every compiler knows both flags."""
 
 _PRODUCT = (512, 384, 1536)
 """The product that reached the most: 97 % of the fma peak on an AVX-512 machine."""
@@ -33,7 +33,7 @@ _PRODUCT_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """``measure()`` gives GFLOP/s: call it several times, and take the best."""
+    """``measure()`` returns GFLOP/s: call it several times, and take the best."""
 
     source: str
     measure: Callable[[], float]
@@ -41,10 +41,10 @@ class Peak:
 
 @contextmanager
 def machine_peak(threads: int) -> Iterator[Peak]:
-    """By chains of fused multiply-adds in C where there is a compiler, else by ONNX Runtime.
+    """Chains of fused multiply-adds in C if there is a compiler, else a product of ONNX Runtime.
 
-    The runtime's best matrix product comes near, but a machine for which its kernels are poor
-    would look poor itself.
+    The runtime's best matrix product comes near, but a machine for which it has slow kernels
+    would look slow itself.
     """
     with tempfile.TemporaryDirectory() as folder:
         program = _compile(Path(folder))
@@ -63,7 +63,7 @@ def machine_peak(threads: int) -> Iterator[Peak]:
 
 
 def _compile(folder: Path) -> Path | None:
-    """The program, if there is a compiler that can make it and it runs."""
+    """The program, or None if no compiler makes one that runs."""
     chosen = shlex.split(os.environ.get("CC", ""))
     compilers = [chosen] if chosen else [["cc"], ["gcc"], ["clang"]]
     program = folder / "fma_peak"

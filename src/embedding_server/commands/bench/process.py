@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A server of the benchmark's own: a child process on a free loopback port, stopped by its pid."""
+"""A server for the benchmark: a child process on a free loopback port."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from embedding_server.errors import ConfigurationError
-from embedding_server.settings import Row, rows
+from embedding_server.settings import rows
 
 __all__ = ["ServerProcess", "own_server"]
 
@@ -29,7 +28,7 @@ _SECRETS = ("api_key", "hf_token")
 
 @dataclass(frozen=True, slots=True)
 class ServerProcess:
-    """Where it listens, and which process it is."""
+    """The address and the process of a server."""
 
     url: str
     pid: int
@@ -37,30 +36,31 @@ class ServerProcess:
 
 @contextmanager
 def own_server(flags: Mapping[str, object], config: Path | None) -> Iterator[ServerProcess]:
-    """``embedding-server serve`` with the settings ``flags``, ready while the body runs.
+    """Run ``embedding-server serve`` with the settings ``flags``; it is ready when the body starts.
 
-    Raises ConfigurationError with the end of the server's log if it doesn't get ready.
+    Raises ConfigurationError with the end of the server's log if it ends before it is ready.
     """
     with tempfile.TemporaryFile() as log:
         port = _free_port()
-        command = [sys.executable, "-m", "embedding_server.cli", "serve"]
-        command += ["--host", _HOST, "--port", str(port), *_arguments(flags)]
+        arguments, variables = _command_line(flags)
+        command = [sys.executable, "-m", "embedding_server.cli", "serve", *arguments]
+        command += ["--host", _HOST, "--port", str(port)]
         if config is not None:
             command += ["--config", str(config)]
-        # SIGTERM must stop the server, too.
-        before = signal.signal(signal.SIGTERM, _exit)
+        # SIGTERM must stop the server, too, so it becomes SystemExit.
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         process = None
         try:
-            # Its output goes to a file, as a service's would, and is only read if it fails.
+            # The log goes to a file, as that of a service, and is only read after a failure.
             process = subprocess.Popen(  # noqa: S603
-                command, env={**os.environ, **_variables(flags)}, stdout=log, stderr=log
+                command, env={**os.environ, **variables}, stdout=log, stderr=log
             )
             if not _becomes_ready(process, port):
                 log.seek(0)
-                told = log.read().decode(errors="replace").strip().splitlines()
+                lines = log.read().decode(errors="replace").strip().splitlines() or ["no log."]
+                reason = lines[-1].removeprefix("embedding-server: ")
                 raise ConfigurationError(
-                    "The server to be measured ended before it was ready: "
-                    + (told[-1].removeprefix("embedding-server: ") if told else "it said nothing.")
+                    f"The server to be measured ended before it was ready: {reason}"
                 )
             yield ServerProcess(f"http://{_HOST}:{port}", process.pid)
         finally:
@@ -78,40 +78,35 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _exit(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind((_HOST, 0))
         return int(listener.getsockname()[1])
 
 
-def _arguments(flags: Mapping[str, object]) -> Iterator[str]:
-    for row, value in _given(flags):
+def _command_line(flags: Mapping[str, object]) -> tuple[list[str], dict[str, str]]:
+    """The settings ``flags`` as arguments, and secrets as environment variables.
+
+    Everyone on the machine can read a command line.
+    """
+    arguments: list[str] = []
+    variables: dict[str, str] = {}
+    for row in rows():
+        if row.name not in flags:
+            continue
+        value = flags[row.name]
+        values = value if isinstance(value, list) else [value]
         if row.kind == "switch":
-            yield row.flag if value else "--no-" + row.flag.removeprefix("--")
-        elif row.name not in _SECRETS:
-            for single in value if isinstance(value, list) else [value]:
-                yield f"{row.flag}={single}"
-
-
-def _variables(flags: Mapping[str, object]) -> dict[str, str]:
-    """Secrets, which everyone on the machine could read in a command line."""
-    return {
-        row.env: ",".join(value) if isinstance(value, list) else str(value)
-        for row, value in _given(flags)
-        if row.name in _SECRETS
-    }
-
-
-def _given(flags: Mapping[str, object]) -> Iterator[tuple[Row, object]]:
-    return ((row, flags[row.name]) for row in rows() if row.name in flags)
+            arguments.append(row.flag if value else "--no-" + row.flag.removeprefix("--"))
+        elif row.name in _SECRETS:
+            variables[row.env] = ",".join(map(str, values))
+        else:
+            arguments += [f"{row.flag}={single}" for single in values]
+    return arguments, variables
 
 
 def _becomes_ready(process: subprocess.Popen[bytes], port: int) -> bool:
-    """Wait, through a download if need be, until it can embed or has ended."""
+    """Wait until the server is ready or has ended; it may download the model first."""
     while process.poll() is None:
         connection = http.client.HTTPConnection(_HOST, port, timeout=10)
         try:
@@ -119,7 +114,7 @@ def _becomes_ready(process: subprocess.Popen[bytes], port: int) -> bool:
             if connection.getresponse().status == 200:
                 return True
         except (OSError, http.client.HTTPException):
-            pass  # it doesn't listen yet
+            pass  # the server doesn't listen yet
         finally:
             connection.close()
         time.sleep(0.05)

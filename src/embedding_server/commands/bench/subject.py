@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What is measured: one model of a server that was started here, or that runs at a URL."""
+"""The server and the model to measure: started here, or running at a URL."""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from embedding_server.commands.bench.connections import Answer, Target, fetch, parse_target
 from embedding_server.commands.bench.process import own_server
-from embedding_server.commands.bench.usage import Usage, read_usage
+from embedding_server.commands.options import given_settings
 from embedding_server.errors import ConfigurationError, ModelUnavailable
 from embedding_server.models.catalog import DEFAULT_MODELS
 from embedding_server.models.spec import parse_spec
@@ -20,26 +20,26 @@ from embedding_server.settings import Settings, rows
 __all__ = ["Subject", "subject_of"]
 
 _SECONDS = 120.0
-"""How long a single small request may take before anything is measured."""
+"""The time limit of a single request before the measurement."""
 
-# Settings that mean something to whoever measures a server that runs already.
+# Settings that also apply to the measurement of a running server.
 _FOR_ANY_SERVER = {"model", "api_key", "load_models_from", "log_format", "log_level"}
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A server, and the model to ask it for."""
+    """A server, and the model that requests name."""
 
     target: Target
     pid: int | None
-    """Of a server started here."""
+    """The process of a server that was started here."""
     asked_model: str | None
-    """None: the server's first."""
+    """The name to send; None: that of the server's first model."""
     local_model: str | None
-    """What finds the model's files on this machine; None: the name that is sent."""
+    """The name that finds the model's files on this machine; None: the name to send."""
 
     async def model(self) -> str:
-        """The name to send; raises ConfigurationError if the server doesn't tell any."""
+        """The name to send; raises ConfigurationError if the server lists no models."""
         if self.asked_model is not None:
             return self.asked_model
         answer = await self._answer(self.target.get(self.target.models_path))
@@ -47,24 +47,19 @@ class Subject:
             first = json.loads(answer.body)["data"][0]
             return str(first["id"] if isinstance(first, dict) else first)
         except (ValueError, LookupError, TypeError):
-            raise ConfigurationError(
-                f"{self.target.url}{self.target.models_path} lists no models: give one as --model."
-            ) from None
+            route = f"{self.target.url}{self.target.models_path}"
+            raise ConfigurationError(f"{route} lists no models: give one with --model.") from None
 
     async def try_out(self, request: bytes) -> None:
         """Send one request; raises ConfigurationError with the server's reason if it fails."""
         await self._answer(request)
-
-    async def usage(self) -> Usage:
-        """What the server has used until now."""
-        return await read_usage(self.target, self.pid)
 
     async def _answer(self, request: bytes) -> Answer:
         try:
             answer = await fetch(self.target, request, seconds=_SECONDS)
         except TimeoutError:
             raise ConfigurationError(
-                f"{self.target.url} has not answered within {_SECONDS:.0f} s."
+                f"{self.target.url} did not answer within {_SECONDS:.0f} s."
             ) from None
         if answer.status == 200:
             return answer
@@ -76,32 +71,31 @@ class Subject:
 
 
 @contextmanager
-def subject_of(
-    settings: Settings, url: str | None, flags: Mapping[str, object], config: Path | None
-) -> Iterator[Subject]:
-    """The server at ``url``, or without one a server started with ``flags``, for as long.
+def subject_of(settings: Settings, arguments: argparse.Namespace) -> Iterator[Subject]:
+    """The server at ``--url``, or without it a new server that runs as long as the body.
 
-    Raises ConfigurationError if there is none, and for flags that it can't be given.
+    Raises ConfigurationError if no server can be reached, and for flags that it can't get.
     """
     asked = settings.model[0] if settings.model else None
     key = settings.api_key[0].get_secret_value() if settings.api_key else None
-    if url is not None:
+    flags = given_settings(arguments)
+    if arguments.url is not None:
         too_late = [row.flag for row in rows() if row.name in set(flags) - _FOR_ANY_SERVER]
         if too_late:
             raise ConfigurationError(
-                f"{', '.join(too_late)} can't be set on the server at --url, which runs already."
+                f"{', '.join(too_late)} can't be set on the server at --url, which is running."
             )
-        yield Subject(parse_target(url, key), None, _served_name(asked), asked)
+        yield Subject(parse_target(arguments.url, key), None, _served_name(asked), asked)
         return
     if asked is None:
         asked = DEFAULT_MODELS[0]
-        flags = {**flags, "model": [asked]}
-    with own_server(flags, config) as server:
+        flags["model"] = [asked]
+    with own_server(flags, arguments.config) as server:
         yield Subject(parse_target(server.url, key), server.pid, None, asked)
 
 
 def _served_name(asked: str | None) -> str | None:
-    """A folder's model is served under the folder's name; any other name is the server's affair."""
+    """A folder is served under its name; any other name is sent as it is."""
     try:
         spec = parse_spec(asked) if asked else None
     except ModelUnavailable:

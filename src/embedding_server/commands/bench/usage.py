@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What the measured server has used: from the kernel for a process of ours, else from /metrics."""
+"""CPU time and memory of the measured server: from the kernel for our child, else from /metrics."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from embedding_server.commands.bench.connections import Target, fetch
+from embedding_server.commands.bench.report import number, progress, significant
 
-__all__ = ["Usage", "read_metric", "read_usage"]
+__all__ = ["Costs", "Usage", "read_metric", "read_usage", "watch"]
 
 _SECONDS = 30.0
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """CPU seconds since its start, and bytes of memory; None for what isn't told."""
+    """CPU seconds since the start and bytes of memory; None for an unknown value."""
 
     cpu_seconds: float | None = None
     resident_bytes: int | None = None
@@ -25,8 +31,78 @@ class Usage:
     """The most that was ever resident."""
 
 
+@dataclass(slots=True)
+class Costs:
+    """The costs of a load, to both sides."""
+
+    server_cpu_seconds: float | None = None
+    generator_cpu_seconds: float = 0.0
+    resident_bytes: int | None = None
+    """Of the server, at the end."""
+    peak_bytes: int | None = None
+    """Of the server: since its start if it was started here, else the most seen."""
+
+    def rows(self, seconds: float | None = None) -> list[tuple[str, str]]:
+        """The costs for people; the CPU time of ``seconds`` also as a number of cores."""
+
+        def cpu(used: float | None) -> str:
+            if seconds is None:
+                return number(used, "s")
+            cores = used / seconds if used is not None and seconds else None
+            return f"{number(used, 's')} ({number(cores)} cores)"
+
+        return [
+            ("server CPU", cpu(self.server_cpu_seconds)),
+            ("generator CPU", cpu(self.generator_cpu_seconds)),
+            ("server memory, peak", number(self.peak_bytes, "MB", scale=2**-20)),
+        ]
+
+    def figures(self) -> dict[str, object]:
+        """The costs for programs."""
+        return {
+            "server_cpu_seconds": significant(self.server_cpu_seconds),
+            "generator_cpu_seconds": significant(self.generator_cpu_seconds),
+            "server_resident_bytes": self.resident_bytes,
+            "server_peak_bytes": self.peak_bytes,
+        }
+
+
+@asynccontextmanager
+async def watch(target: Target, pid: int | None, status: Callable[[], str]) -> AsyncIterator[Costs]:
+    """Show ``status()`` while the body runs; the costs are complete when it has ended."""
+    costs = Costs()
+    residents: list[int] = []
+
+    async def look() -> None:
+        while True:
+            usage = await read_usage(target, pid)
+            if usage.resident_bytes is not None:
+                residents.append(usage.resident_bytes)
+            progress(f"{status()}, {time.perf_counter() - started:.0f} s")
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    before = await read_usage(target, pid)
+    cpu_before = time.process_time()
+    started = time.perf_counter()
+    looking = asyncio.create_task(look())
+    try:
+        yield costs
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+        progress("")
+    costs.generator_cpu_seconds = time.process_time() - cpu_before
+    after = await read_usage(target, pid)
+    if after.cpu_seconds is not None and before.cpu_seconds is not None:
+        costs.server_cpu_seconds = after.cpu_seconds - before.cpu_seconds
+    costs.resident_bytes = after.resident_bytes
+    if after.resident_bytes is not None:
+        residents.append(after.resident_bytes)
+    costs.peak_bytes = after.peak_bytes or max(residents, default=None)
+
+
 async def read_usage(target: Target, pid: int | None) -> Usage:
-    """What the server has used until now; ``pid`` is its process, if that is a child of ours."""
+    """The usage since the server's start; ``pid`` is its process if that is our child."""
     if pid is not None and (usage := _from_kernel(Path(f"/proc/{pid}"))):
         return usage
     metrics = await _metrics(target)
@@ -43,7 +119,7 @@ async def read_metric(target: Target, name: str) -> float | None:
 
 
 def _from_kernel(process: Path) -> Usage | None:
-    """What Linux tells; None elsewhere."""
+    """The usage as Linux counts it; None on other systems."""
     try:
         stat, status = ((process / name).read_text() for name in ("stat", "status"))
     except OSError:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What the benchmarks send: texts from the docstrings of the standard library, always the same.
+"""The requests of the benchmarks: texts from the docstrings of the standard library.
 
-The sources are read and parsed, never imported. The same version of Python gives the same
+The sources are read and parsed, never imported. The same version of Python makes the same
 texts. Each workload is a cycle of different requests, so that no cache can answer for a model.
 """
 
@@ -37,7 +37,7 @@ QUERY_WORDS = (8, 20)
 UNIFORM_WORDS = 24
 """Words of every text of ``uniform``."""
 CHUNK_WORDS = (8, 280)
-"""Words of a text of ``chunks``: of its 32 texts each has another length, evenly spread."""
+"""Words of a text of ``chunks``: its 32 texts have 32 lengths, evenly spread."""
 BULK_WORDS = (8, 120)
 """Words of a text of ``bulk``, evenly spread; a server takes 300,000 tokens in a request."""
 
@@ -54,7 +54,7 @@ _MODULES = (
     *("socketserver", "statistics", "subprocess", "tempfile", "textwrap", "threading"),
     *("traceback", "typing", "unittest/case", "unittest/mock", "uuid", "xmlrpc/server"),
 )
-"""Modules rich in prose, quick to parse; what a version of Python hasn't is left out."""
+"""Modules rich in prose and quick to parse; those that a version of Python lacks are left out."""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _PLAIN_WORD = re.compile(r"[(\"']?[A-Za-z][A-Za-z'-]*[.,;:!?)\"']*")
@@ -66,7 +66,6 @@ class Workload:
     """A cycle of requests, each of one or more texts."""
 
     name: str
-    help: str
     requests: tuple[tuple[str, ...], ...]
 
 
@@ -86,8 +85,8 @@ def build_workload(name: str) -> Workload:
     Raises ConfigurationError where the standard library's sources aren't installed.
     """
     row = WORKLOADS[name]
-    # Of its own for every workload, so that none depends on what was built before it.
-    return Workload(name, row.help, tuple(row.build(_corpus(), random.Random(name))))  # noqa: S311
+    # A new generator for each workload: the order in which they are built must not matter.
+    return Workload(name, tuple(row.build(_corpus(), random.Random(name))))  # noqa: S311
 
 
 def request_bodies(workload: Workload, model: str) -> tuple[bytes, ...]:
@@ -150,7 +149,7 @@ WORKLOADS: Mapping[str, WorkloadRow] = {
 def _mixed_lengths(
     corpus: _Corpus, chance: random.Random, words: tuple[int, int], count: int
 ) -> tuple[str, ...]:
-    """``count`` texts: each request the same lengths and so nearly the same work, shuffled."""
+    """``count`` texts of evenly spread lengths, shuffled: every request is about as much work."""
     shortest, longest = words
     lengths = [shortest + (longest - shortest) * i // (count - 1) for i in range(count)]
     chance.shuffle(lengths)
@@ -158,7 +157,7 @@ def _mixed_lengths(
 
 
 def _passage(corpus: _Corpus, chance: random.Random, words: int) -> str:
-    """Consecutive words of the corpus from a place drawn by chance."""
+    """Consecutive words of the corpus, from a random place."""
     start = chance.randrange(len(corpus.words) - words)
     return " ".join(corpus.words[start : start + words])
 
@@ -174,13 +173,13 @@ def _corpus() -> _Corpus:
         if QUERY_WORDS[0] <= len(sentence.split()) <= QUERY_WORDS[1]
     )
     plain = (word.strip("\"'(),.;:!?") for word in words if _PLAIN_WORD.fullmatch(word))
-    # No names made of several words, which are many tokens.
+    # Without names made of several words, which are many tokens.
     single = dict.fromkeys(word.lower() for word in plain if len(word) > 2 and word[1:].islower())
     return _Corpus(words, tuple(sentences), tuple(single))
 
 
 def _paragraphs() -> Iterator[str]:
-    """The paragraphs of prose of all docstrings; no code, signatures or tables."""
+    """The paragraphs of prose of all docstrings, without code, signatures and tables."""
     library = Path(sysconfig.get_path("stdlib"))
     sources = [path for name in _MODULES if (path := library / f"{name}.py").is_file()]
     if len(sources) < len(_MODULES) // 2:

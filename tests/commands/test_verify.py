@@ -130,7 +130,7 @@ def test_other_vectors_are_never_overwritten(tmp_path: Path) -> None:
     before = (to / REFERENCE_FILE).read_bytes()
     done = run_cli("models", "verify", str(tmp_path / "two"), "--write", str(to))
     assert done.returncode == 2
-    assert b"is there already, with other vectors than two gives: remove it" in done.stderr
+    assert b"is there already, with other vectors than those of two: remove it" in done.stderr
     assert (to / REFERENCE_FILE).read_bytes() == before
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The ``models verify`` command: this server's vectors against sentence-transformers' own."""
+"""The ``models verify`` command: compares a backend's vectors with sentence-transformers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5
-"""Largest difference of any value of normalised vectors, as every backend promises."""
+"""The largest difference of a value of normalized vectors that a backend may have."""
 
 _SENTENCE = "The quick brown fox jumps over the lazy dog, and nobody in the village is surprised. "
 
@@ -60,25 +60,25 @@ TEXTS: tuple[str, ...] = (
 """Words, sentences, scripts, odd characters, and texts up to and beyond the usual limits."""
 
 _SHORT_TEXTS = [text for text in TEXTS if 0 < len(text) <= 100]
-"""Those that reference vectors are written for: every start has to embed them."""
+"""The texts of reference vectors: few, because every start embeds them."""
 
 _ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """How near the active backend is to sentence-transformers, and how fast both are."""
+    """The differences of a backend from sentence-transformers, and the speed of both."""
 
     model: str
     backend: str
     max_error: float
-    """Of any value, vectors scaled to length 1."""
+    """The largest difference of a value, of vectors of length 1."""
     worst_text: str
     min_cosine: float
     texts_per_second: float
     reference_texts_per_second: float
     reference: Mapping[str, NDArray[np.float32]]
-    """What sentence-transformers gives for some texts without a prompt, scaled to length 1."""
+    """sentence-transformers' vectors of short texts without a prompt, of length 1."""
 
     @property
     def exact(self) -> bool:
@@ -111,15 +111,15 @@ def verify_vectors(embedder: Embedder, folder: Path) -> Verification:
         min_cosine=float(_cosines(found, expected).min()),
         texts_per_second=len(texts) / seconds,
         reference_texts_per_second=len(texts) / reference_seconds,
-        # A text without a token has no direction, and so nothing to compare.
+        # The vector of a text without a token is 0 and can't be compared.
         reference={text: v for text, v in zip(_SHORT_TEXTS, short, strict=True) if v.any()},
     )
 
 
 def write_reference(result: Verification, folder: Path) -> Path:
-    """Write the reference vectors of ``result`` into ``folder``; their file.
+    """Write the reference vectors of ``result`` into ``folder``; returns their file.
 
-    Raises ModelUnavailable if there are others already, or if the folder can't be written.
+    Raises ModelUnavailable if the file has other vectors already, or can't be written.
     """
     path = folder / REFERENCE_FILE
     new = ReferenceVectors(path, list(result.reference), np.stack([*result.reference.values()]))
@@ -127,15 +127,15 @@ def write_reference(result: Verification, folder: Path) -> Path:
         if new.agrees_with(ReferenceVectors.read(path), TOLERANCE):
             return path
         raise ModelUnavailable(
-            f"{path} is there already, with other vectors than {result.model} gives: remove it, or "
-            "write to another folder."
+            f"{path} is there already, with other vectors than those of {result.model}: remove it, "
+            "or write to another folder."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         new.write()
     except OSError as error:
         raise ModelUnavailable(
-            f"{path} could not be written ({error.strerror or error}): give a folder that can be."
+            f"{path} could not be written ({error.strerror or error}): name a writable folder."
         ) from None
     return path
 
@@ -162,7 +162,7 @@ def _cosines(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[n
 
 
 def _timed(work: Callable[[], NDArray[Any]]) -> tuple[NDArray[Any], float]:
-    """The result of ``work`` and the seconds of its fastest round."""
+    """The result of ``work``, and the seconds of its fastest round."""
     result = work()
     seconds = []
     for _ in range(_ROUNDS):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from embedding_server.backends.base import BackendOptions, load_backend
 from embedding_server.commands.bench.operations import ModelCost, useful_operations
@@ -54,24 +55,6 @@ class _Shape:
     seconds: list[float] = field(default_factory=list)
     """The median of each round, for all batches."""
 
-    @property
-    def tokens(self) -> int:
-        return sum(batch.tokens for batch in self.batches)
-
-    @property
-    def best(self) -> float:
-        """The seconds of the best round: in the others, other programs ran."""
-        return min(self.seconds)
-
-    @property
-    def batch_seconds(self) -> float:
-        """The seconds of one batch, on its cores."""
-        return self.best / len(self.batches) * self.at_once
-
-    @property
-    def gflops(self) -> float:
-        return self.operations / self.best / 1e9
-
 
 def bench_engine(settings: Settings, *, rounds: int, as_json: bool) -> int:
     """Measure the model of ``settings``, print the result, and return 0.
@@ -104,8 +87,8 @@ def bench_engine(settings: Settings, *, rounds: int, as_json: bool) -> int:
             for shape in shapes:
                 shape.seconds.append(_measure(backend, cores, shape))
         progress("")
-        gflops = max(peaks)
-        source = peak.source
+    gflops = max(peaks)
+    figures = [_figures(shape, gflops) for shape in shapes]
     result = {
         "benchmark": "engine",
         **environment(),
@@ -114,8 +97,8 @@ def bench_engine(settings: Settings, *, rounds: int, as_json: bool) -> int:
         "threads": threads,
         "max_batch_tokens": budget,
         "rounds": rounds,
-        "peak": {"gflops": significant(gflops), "source": source},
-        "shapes": [_result(shape, gflops) for shape in shapes],
+        "peak": {"gflops": significant(gflops), "source": peak.source},
+        "shapes": [_rounded(shape) for shape in figures],
     }
     if not as_json:
         print_rows(
@@ -123,12 +106,12 @@ def bench_engine(settings: Settings, *, rounds: int, as_json: bool) -> int:
                 ("model", f"{spec.name} ({name})"),
                 ("threads", str(threads)),
                 ("tokens a batch", str(budget)),
-                ("peak", f"{number(gflops)} GFLOP/s ({source})"),
+                ("peak", f"{number(gflops)} GFLOP/s ({peak.source})"),
             ]
         )
         print_table(
             ("batch", "tokens", "at once", "ms", "tokens/s", "GFLOP/s useful", "of peak"),
-            [_row(shape, gflops) for shape in shapes],
+            [_cells(shape) for shape in figures],
             left=1,
         )
     print_json(result)
@@ -199,28 +182,37 @@ def _measure(backend: Backend, cores: Executor, shape: _Shape) -> float:
     return statistics.median(found)
 
 
-def _row(shape: _Shape, peak: float) -> tuple[str, ...]:
+def _figures(shape: _Shape, peak: float) -> dict[str, Any]:
     count = len(shape.batches)
-    return (
-        shape.name,
-        number(shape.tokens / count),
-        str(shape.at_once),
-        number(shape.batch_seconds, scale=1000),
-        number(shape.tokens / shape.best),
-        number(shape.gflops),
-        number(shape.gflops / peak, "%", scale=100),
-    )
-
-
-def _result(shape: _Shape, peak: float) -> Mapping[str, object]:
-    count = len(shape.batches)
+    tokens = sum(batch.tokens for batch in shape.batches)
+    seconds = min(shape.seconds)  # in the slower rounds, other programs ran
+    gflops = shape.operations / seconds / 1e9
     return {
         "batch": shape.name,
         "batches": count,
-        "tokens": significant(shape.tokens / count),
+        "tokens": tokens / count,
         "at_once": shape.at_once,
-        "ms": significant(shape.batch_seconds * 1000),
-        "tokens_per_second": significant(shape.tokens / shape.best),
-        "gflops_useful": significant(shape.gflops),
-        "share_of_peak": significant(shape.gflops / peak),
+        "ms": seconds / count * shape.at_once * 1000,
+        "tokens_per_second": tokens / seconds,
+        "gflops_useful": gflops,
+        "share_of_peak": gflops / peak,
     }
+
+
+def _rounded(figures: Mapping[str, Any]) -> dict[str, object]:
+    return {
+        name: significant(value) if isinstance(value, float) else value
+        for name, value in figures.items()
+    }
+
+
+def _cells(figures: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        figures["batch"],
+        number(figures["tokens"]),
+        str(figures["at_once"]),
+        number(figures["ms"]),
+        number(figures["tokens_per_second"]),
+        number(figures["gflops_useful"]),
+        number(figures["share_of_peak"], "%", scale=100),
+    )

@@ -35,15 +35,13 @@ DENSE_ACTIVATIONS: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.float
     "torch.nn.modules.linear.Identity": lambda x: x,
 }
 
-_DENSE_KEYS = {
-    "in_features",
-    "out_features",
-    "bias",
-    "activation_function",
-    "module_input_name",
-    "module_output_name",
-    "use_residual",
+_DENSE_KEYS = {"in_features", "out_features", "bias", "activation_function"}
+_DENSE_DEFAULTS: Mapping[str, tuple[object, ...]] = {
+    "module_input_name": (None, "sentence_embedding"),
+    "module_output_name": (None, "sentence_embedding"),
+    "use_residual": (None, False),
 }
+"""Options of ``Dense`` that are computed with these values only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,16 +149,15 @@ def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _load_dense(module: Module) -> _Dense:
-    unknown = set(module.config) - _DENSE_KEYS
-    residual = module.config.get("use_residual", False)
-    rewired = [
+    unknown = sorted(
         key
-        for key in ("module_input_name", "module_output_name")
-        if module.config.get(key, "sentence_embedding") not in (None, "sentence_embedding")
-    ]
-    if unknown or residual or rewired:
-        what = ", ".join([*sorted(unknown), *rewired, *(["use_residual"] if residual else [])])
-        raise ModelNotSupported(f"{module.folder} has options not computed here: {what}.")
+        for key, value in module.config.items()
+        if key not in _DENSE_KEYS and value not in _DENSE_DEFAULTS.get(key, ())
+    )
+    if unknown:
+        raise ModelNotSupported(
+            f"{module.folder} has options not computed here: {', '.join(unknown)}."
+        )
     name = module.config.get("activation_function", "torch.nn.modules.activation.Tanh")
     if not isinstance(name, str) or name not in DENSE_ACTIVATIONS:
         raise ModelNotSupported(f"{module.folder} has the activation {name!r}, not computed here.")

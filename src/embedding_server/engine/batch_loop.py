@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
@@ -178,7 +178,10 @@ class BatchLoop:
                 try:
                     await self._cores.acquire(self._cores_needed)
                 except InferenceTimedOut as error:
-                    self._fail_pending(error)
+                    logger.error(
+                        "%d requests fail, as no cores are left: %s", len(self._pending), error
+                    )
+                    self._fail(self._pending, InferenceTimedOut, str(error))
                     continue
                 started = self._start_next()
                 if started is not None:
@@ -274,7 +277,8 @@ class BatchLoop:
         self._metrics.failed_batches.inc()
         logger.error("%s gave %s", self._name, fault)
         answer = fault if fault == NOT_FINITE else "an answer of the wrong shape or kind"
-        self._fail(batch.entries, InferenceFailed, f"The model gave {answer} for this request.")
+        message = f"The model gave {answer} for this request."
+        self._fail(_requests_of(batch.entries), InferenceFailed, message)
         return None
 
     async def _retry_in_halves(self, batch: _StartedBatch) -> None:
@@ -293,7 +297,7 @@ class BatchLoop:
                     f"The server has not enough memory for an input of {batch.batch.tokens} "
                     "tokens, even alone. Try again later, or send shorter inputs."
                 )
-                self._fail(batch.entries, OutOfMemory, message)
+                self._fail(_requests_of(batch.entries), OutOfMemory, message)
                 continue
             middle = len(batch.entries) // 2
             for half in (batch.entries[:middle], batch.entries[middle:]):
@@ -309,7 +313,7 @@ class BatchLoop:
         try:
             await self._cores.acquire(self._cores_needed)
         except InferenceTimedOut as error:
-            self._fail(entries, InferenceTimedOut, str(error))
+            self._fail(_requests_of(entries), InferenceTimedOut, str(error))
             return None
         entries = [entry for entry in entries if not _request_of(entry).future.done()]
         if not entries:
@@ -339,22 +343,15 @@ class BatchLoop:
         """Fail the requests of ``entries``; the log gets the exception that is being handled."""
         self._metrics.failed_batches.inc()
         logger.exception("a batch of %d inputs failed on %s", len(entries), self._name)
-        self._fail(entries, kind, message)
+        self._fail(_requests_of(entries), kind, message)
 
     def _fail(
-        self, entries: Sequence[Entry], kind: type[EmbeddingServerError], message: str
+        self, requests: Set[_PendingRequest], kind: type[EmbeddingServerError], message: str
     ) -> None:
-        for request in _requests_of(entries):
+        for request in requests:
             request.fail(kind(message))
             self._scheduler.discard(request)
         self._metrics.queue_tokens.set(self._scheduler.tokens)
-
-    def _fail_pending(self, error: InferenceTimedOut) -> None:
-        logger.error("%d requests fail, as no cores are left: %s", len(self._pending), error)
-        for request in self._pending:
-            request.fail(InferenceTimedOut(str(error)))
-        self._scheduler.clear()
-        self._metrics.queue_tokens.set(0)
 
 
 def _request_of(entry: Entry) -> _PendingRequest:

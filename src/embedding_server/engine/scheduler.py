@@ -120,13 +120,6 @@ class Scheduler:
                 heapq.heapify(bucket)
             self._discarded.clear()
 
-    def clear(self) -> None:
-        """Remove all entries."""
-        self._waiting.clear()
-        self._kinds.clear()
-        self._discarded.clear()
-        self._entries = self._tokens = 0
-
     def _pop(self, kind: _Kind) -> Entry:
         _, _, arrival, entry = heapq.heappop(self._waiting[kind])
         self._drop_discarded(kind)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import tiny_models
@@ -14,6 +15,10 @@ from live import LiveServer, running_server
 from numpy.typing import NDArray
 
 from embedding_server.backends.base import BACKENDS
+
+# A busy machine takes as long as it takes: time is no reason to fail.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 GOLDEN = Path(__file__).parent / "data" / "all-MiniLM-L6-v2.npz"
 

@@ -31,7 +31,6 @@ LONG_TOKENS = 302
 property_test = settings(
     max_examples=60,
     derandomize=True,
-    deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -25,7 +25,6 @@ from embedding_server.engine.tokenizer import Tokenizer
 fuzz = settings(
     max_examples=300,
     derandomize=True,
-    deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

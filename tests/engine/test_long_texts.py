@@ -70,7 +70,6 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(
     max_examples=300,
     derandomize=True,
-    deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -89,7 +88,6 @@ def test_pieces_have_the_tokens_of_the_whole(tokenizer: Tokenizer, texts: list[s
 @settings(
     max_examples=300,
     derandomize=True,
-    deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

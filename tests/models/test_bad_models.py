@@ -387,7 +387,6 @@ def without_warnings() -> Iterator[None]:
 
 @settings(
     max_examples=400,
-    deadline=None,
     derandomize=True,
     database=None,
     phases=[Phase.explicit, Phase.generate],

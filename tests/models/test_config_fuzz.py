@@ -148,7 +148,6 @@ def without_loading_messages() -> None:
 
 @settings(
     max_examples=50,
-    deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

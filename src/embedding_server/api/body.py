@@ -23,7 +23,7 @@ from embedding_server.errors import (
 )
 from embedding_server.settings import Settings
 
-__all__ = ["Bodies", "Body"]
+__all__ = ["Bodies", "Body", "body_too_slow"]
 
 # As many bodies of the largest size at a time: reading and parsing one takes several times its
 # bytes, before a model's own limits apply.
@@ -41,7 +41,6 @@ class Bodies:
 
     def __init__(self, settings: Settings) -> None:
         self.max_body_bytes = settings.max_body_bytes
-        self.timeout = settings.body_timeout
         self.max_inputs = settings.max_client_batch_size
         self.max_ids = settings.max_request_tokens * CHARACTERS_PER_TOKEN
         self.held = 0
@@ -81,19 +80,10 @@ class Body:
         """The whole body.
 
         Raises InvalidRequest for a repeated header, UnsupportedContent for anything but plain
-        JSON, BodyTooLarge once more bytes than a body may have are announced or have come,
-        BodyTooSlow when it takes too long, and Overloaded when other bodies leave no room for it.
+        JSON, BodyTooLarge once more bytes than a body may have are announced or have come, and
+        Overloaded when other bodies leave no room for it. How long it may take is for the caller
+        to limit.
         """
-        try:
-            async with asyncio.timeout(self._bodies.timeout):
-                return await self._read(request)
-        except TimeoutError:
-            raise BodyTooSlow(
-                f"The body did not come within {self._bodies.timeout:g} s; send the inputs in "
-                "parts."
-            ) from None
-
-    async def _read(self, request: Request) -> bytes:
         _check_type(request.scope)
         limit = self._bodies.max_body_bytes
         announced = _announced(request.scope)
@@ -135,6 +125,11 @@ class Body:
             parsing.exception()  # or asyncio would log it as never retrieved
         self._bodies.held -= self._held
         self._held = 0
+
+
+def body_too_slow(seconds: float) -> BodyTooSlow:
+    """The error for a body that took longer than ``seconds``."""
+    return BodyTooSlow(f"The body did not come within {seconds:g} s; send the inputs in parts.")
 
 
 def _check_type(scope: Scope) -> None:

@@ -98,16 +98,16 @@ DIRECT: Mapping[tuple[str, str], Endpoint] = {
 async def _embed(request: Request, schema: type[EmbedRequest], *, openai: bool) -> Response:
     state = state_of(request)
     record = record_of(request.scope)
-    async with Lifetime(request) as lifetime:
+    async with Lifetime(request, state.settings.body_timeout) as lifetime:
         with Body(state.bodies) as body:
             content = await body.read(request)
+            lifetime.body_read()
             query = await body.parse(content, schema)
             engine = state.registry[query.model]
             record.model = engine.info.name
             record.inputs = len(query.input)
             knows_model = _knows_model(request, engine.info)
             _check_input(query, state.settings, ids=knows_model or not openai)
-            lifetime.watch_client()
             result = await engine.embed(query.input, query.params, record.stages)
             record.tokens, record.truncated = result.tokens, result.truncated
             encode = partial(

@@ -12,6 +12,7 @@ from typing import Self
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from embedding_server.api.body import body_too_slow
 from embedding_server.api.headers import single_header
 from embedding_server.errors import DeadlineExceeded, InvalidRequest
 
@@ -23,19 +24,27 @@ _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}")
 
 
 class Lifetime:
-    """Cancels the work in its ``async with`` block at the deadline, or when the client hangs up.
+    """Cancels the work in its ``async with`` block when its time is over or its client hangs up.
 
-    The deadline is ``x-request-timeout``; raises InvalidRequest for a header that is no time. The
-    block then raises DeadlineExceeded, or ClientDisconnect. One ``asyncio.Timeout`` serves both,
-    so that a cancellation by anybody else passes through.
+    The body must be read within ``body_seconds``, and all be done by the deadline that
+    ``x-request-timeout`` sets; raises InvalidRequest for a header that is no time. The block then
+    raises BodyTooSlow, DeadlineExceeded or ClientDisconnect. One ``asyncio.Timeout`` serves all
+    three, so that a cancellation by anybody else passes through.
     """
 
-    __slots__ = ("_hung_up", "_request", "_seconds", "_timeout", "_watcher")
+    __slots__ = ("_body_seconds", "_deadline", "_hung_up", "_request", "_seconds", "_timeout",
+                 "_watcher")  # fmt: skip
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, body_seconds: float) -> None:
         self._request = request
+        self._body_seconds = body_seconds
         self._seconds = seconds_given(request)
-        self._timeout = asyncio.timeout(self._seconds)
+        now = asyncio.get_running_loop().time()
+        self._deadline = None if self._seconds is None else now + self._seconds
+        until = now + body_seconds
+        if self._deadline is not None:
+            until = min(until, self._deadline)
+        self._timeout = asyncio.timeout_at(until)
         self._watcher: asyncio.Task[None] | None = None
         self._hung_up = False
 
@@ -43,11 +52,12 @@ class Lifetime:
         await self._timeout.__aenter__()
         return self
 
-    def watch_client(self) -> None:
-        """From now on cancel the work when the client hangs up; its body must have been read.
+    def body_read(self) -> None:
+        """From now on only the deadline and the client end the work.
 
         ASGI servers report a hang-up only to a pending ``receive``.
         """
+        self._timeout.reschedule(self._deadline)
         self._watcher = asyncio.ensure_future(self._wait_for_hang_up())
 
     async def __aexit__(
@@ -61,9 +71,15 @@ class Lifetime:
         try:
             await self._timeout.__aexit__(kind, error, traceback)
         except TimeoutError:
-            if self._hung_up or self._seconds is None:
-                raise ClientDisconnect from None
-            raise deadline_exceeded(self._seconds) from None
+            raise self._reason() from None
+
+    def _reason(self) -> Exception:
+        if self._hung_up:
+            return ClientDisconnect()
+        if self._watcher is None and (self._seconds is None or self._body_seconds < self._seconds):
+            return body_too_slow(self._body_seconds)
+        assert self._seconds is not None
+        return deadline_exceeded(self._seconds)
 
     async def _wait_for_hang_up(self) -> None:
         # A server whose receive fails has lost its client, too.

@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from embedding_server.api.body import Bodies, Body
+from embedding_server.api.body import Bodies, Body, body_too_slow
 from embedding_server.api.cors import Cors
 from embedding_server.api.embeddings import DIRECT
 from embedding_server.api.errors import error_answer
@@ -159,6 +159,7 @@ class Ingress:
             (k.get_secret_value() for k in settings.api_key), settings.api_key_file
         )
         self._bodies = Bodies(settings)
+        self._body_seconds = settings.body_timeout
         self._origins = settings.cors_origin
         self._telemetry = Telemetry()  # of what no replica has seen
         self._end = contextlib.AsyncExitStack()
@@ -199,7 +200,12 @@ class Ingress:
 
     async def _with_body(self, request: Request, until: float | None) -> Answer:
         with Body(self._bodies) as body:
-            forwarded = _forwarded(request, await body.read(request))
+            try:
+                async with asyncio.timeout(self._body_seconds):
+                    content = await body.read(request)
+            except TimeoutError:
+                raise body_too_slow(self._body_seconds) from None
+            forwarded = _forwarded(request, content)
             return await ask_replicas(self._models, forwarded, until)
 
     def _told(self, error: Exception, path: str) -> Response:

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from embedding_server.engine.engine import Embeddings, Engine
 from embedding_server.engine.info import ModelInfo
-from embedding_server.engine.parameters import EmbedParams
-from embedding_server.engine.postprocess import OutputDtype
+from embedding_server.engine.parameters import EmbedParams, OutputDtype
 from embedding_server.engine.token_ids import Input
 from embedding_server.errors import ConfigurationError, NotReady
 from embedding_server.machine import available_cores

@@ -8,6 +8,7 @@ import signal
 import sys
 
 from embedding_server.commands.options import add_settings, positive
+from embedding_server.engine.parameters import EmbedParams, ParameterRow, parameter_rows
 from embedding_server.errors import ConfigurationError
 from embedding_server.settings import Settings
 
@@ -40,21 +41,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--field", help="the input is JSON lines; embed the string under this key of each"
     )
-    parser.add_argument("--dimensions", type=int, help="cut each vector to that many values")
-    parser.add_argument("--input-type", help="query, document, or a prompt's name")
-    parser.add_argument("--prompt", help="text to prepend to every input")
-    parser.add_argument(
-        "--truncate",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="cut over-long texts (default), or stop at the first",
-    )
-    parser.add_argument(
-        "--normalize",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="scale vectors to length 1 (default), or leave the model's own output",
-    )
+    for row in _parameters():
+        flag = "--" + row.name.replace("_", "-")
+        if row.type is bool:
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=row.default, help=row.help
+            )
+        else:
+            parser.add_argument(flag, type=row.type, default=row.default, help=row.help)
     _add_ray(parser)
     add_settings(parser, "embed")
 
@@ -90,6 +84,11 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _parameters() -> list[ParameterRow]:
+    """The options of a request that are flags of ``embed``: its files hold float32 values only."""
+    return [row for row in parameter_rows() if row.name != "output_dtype"]
+
+
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Embed every text of the files; returns the exit code.
 
@@ -97,7 +96,6 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     then unchanged.
     """
     from embedding_server.corpus.options import CorpusOptions
-    from embedding_server.engine.parameters import EmbedParams
 
     # SystemExit instead of a sudden end: no incomplete output may stay.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -107,13 +105,7 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         files=arguments.files,
         output=arguments.output,
         field=arguments.field,
-        params=EmbedParams(
-            dimensions=arguments.dimensions,
-            input_type=arguments.input_type,
-            prompt=arguments.prompt,
-            truncate=arguments.truncate,
-            normalize=arguments.normalize,
-        ),
+        params=EmbedParams(**{row.name: getattr(arguments, row.name) for row in _parameters()}),
     )
     cluster = {name: getattr(arguments, f"ray_{name}") for name in _RAY_OPTIONS}
     cluster = {name: value for name, value in cluster.items() if value is not None}

@@ -8,10 +8,18 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from embedding_server.engine.info import ModelInfo
-from embedding_server.engine.postprocess import OutputDtype
 from embedding_server.errors import InvalidRequest
 
-__all__ = ["EmbedParams", "ParameterRow", "check_dimensions", "parameter_rows", "prompt_of"]
+__all__ = [
+    "EmbedParams",
+    "OutputDtype",
+    "ParameterRow",
+    "check_dimensions",
+    "parameter_rows",
+    "prompt_of",
+]
+
+OutputDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
 
 _PROMPT_SYNONYMS = {
     "query": ("query", "search_query"),

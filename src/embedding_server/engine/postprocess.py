@@ -3,22 +3,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embedding_server.engine.parameters import OutputDtype
+
 __all__ = [
     "NOT_FINITE",
-    "OutputDtype",
     "fault_in",
     "layer_norm",
     "normalize",
     "postprocess",
     "quantize",
 ]
-
-OutputDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
 
 
 NOT_FINITE = "values that are not finite"

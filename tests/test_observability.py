@@ -293,8 +293,8 @@ def test_a_request_is_one_line(each_format: tuple[str, Watched]) -> None:
     fields = fields_of(embedding, log_format)
     assert re.fullmatch(r"[0-9a-f]{32}", fields["id"])
     assert float(fields["ms"]) > 0
-    told = ("method", "route", "status", "model", "inputs", "tokens", "truncated")
-    assert [fields[name] for name in told] == [
+    shown = ("method", "route", "status", "model", "inputs", "tokens", "truncated")
+    assert [fields[name] for name in shown] == [
         "POST", "/v1/embeddings", "200", MODEL, "2", "259", "1",
     ]  # fmt: skip
     assert "error" not in fields

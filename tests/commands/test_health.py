@@ -42,9 +42,9 @@ def test_ready_draining_and_gone() -> None:
             until(lambda: health(*at)[0] == 1)  # nothing new is let in any more
             assert answer.result().status_code == 200
         assert server.process.wait(20) == 0
-        code, told = health(*at)
+        code, answer = health(*at)
     assert code == 1
-    assert told.startswith(f"no answer at 0.0.0.0 port {_port(server)}: ")
+    assert answer.startswith(f"no answer at 0.0.0.0 port {_port(server)}: ")
 
 
 def test_over_a_unix_socket(tmp_path: Path) -> None:
@@ -69,13 +69,13 @@ def test_over_tls_whatever_name_the_certificate_is_for(tmp_path: Path) -> None:
         both.write((tmp_path / "certificate.pem").read_bytes())
     with running_server("--model", MODEL, "--tls-cert", str(certificate), wait=False) as server:
         until(_is_ready("--port", _port(server), "--tls-cert", str(certificate)))
-        assert health("--port", _port(server))[0] == 1  # plain HTTP, which nobody answers
+        assert health("--port", _port(server))[0] == 1  # plain HTTP, which gets no answer
 
 
 def test_what_it_cannot_ask() -> None:
-    code, told = health("--port", "0")
+    code, answer = health("--port", "0")
     assert code == 1
-    assert "give the port" in told
+    assert "give the port" in answer
     files = {"EMBEDDING_SERVER_TLS_CERT": "cert.pem", "EMBEDDING_SERVER_TLS_CLIENT_CA": "ca.pem"}
     done = run_cli("health", env=files)
     assert done.returncode == 1

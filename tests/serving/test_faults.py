@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A server process whose backend fails as it is told to, while others ask for right vectors."""
+"""A server process whose backend fails on request, while other requests get right vectors."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_memory_that_really_runs_out() -> None:
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
         assert metric(server, "out_of_memory_total") == 1
         assert len(logged(server, "warning")) == 1
-        assert "bad_alloc" not in server.log, "told in our words"
+        assert "bad_alloc" not in server.log, "reported in our words"
         assert vectors_of(embed(server, "a short one")).shape == (1, 384)
         assert status(server, "/health/ready") == 200
 
@@ -224,8 +224,8 @@ def test_a_hang_is_answered_told_and_survived(long_golden: Golden) -> None:
             assert error["code"] == "inference_timeout"
             assert "--inference-timeout" in error["message"]
             assert response.headers["retry-after"]
-            told = httpx.get(f"{server.url}/health/live")
-            assert "restart" in error_of(told, 503)["message"]
+            live = httpx.get(f"{server.url}/health/live")
+            assert "restart" in error_of(live, 503)["message"]
             assert "is hung" in error_of(httpx.get(f"{server.url}/health/ready"), 503)["message"]
             assert metric(server, "timed_out_batches_total") == 1
             assert "\nembedding_server_ready 0.0\n" in httpx.get(f"{server.url}/metrics").text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What a service manager is told, by a real datagram socket in its place."""
+"""What is reported to a service manager, by a real datagram socket in its place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from embedding_server.serving.notify import Notifier
 MODEL = "all-MiniLM-L6-v2"
 
 
-class Told:
+class ServiceManager:
     """The manager's end."""
 
     def __init__(self, address: str) -> None:
@@ -43,116 +43,120 @@ class Told:
 
 
 @pytest.fixture
-def told(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Told]:
+def manager(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ServiceManager]:
     """At a file, or with the parameter ``@`` at a name that is none."""
-    manager = Told(f"{getattr(request, 'param', '')}{tmp_path}/notify")
+    manager = ServiceManager(f"{getattr(request, 'param', '')}{tmp_path}/notify")
     with manager.socket:
         yield manager
 
 
 @pytest.mark.parametrize(
-    ("told", "workers"),
+    ("manager", "workers"),
     [("", 1), ("@", 2)],
-    indirect=["told"],
+    indirect=["manager"],
     ids=["one process", "workers"],
 )
-def test_from_start_to_end(told: Told, workers: int) -> None:
+def test_from_start_to_end(manager: ServiceManager, workers: int) -> None:
     arguments = ("--model", MODEL, "--workers", f"{workers}")
-    with running_server(*arguments, env=told.environment, wait=False) as server:
-        assert told.next() == [f"STATUS=loading models; listening on {server.url}"]
-        assert told.next() == ["READY=1", f"STATUS=serving on {server.url}"]
+    with running_server(*arguments, env=manager.environment, wait=False) as server:
+        assert manager.next() == [f"STATUS=loading models; listening on {server.url}"]
+        assert manager.next() == ["READY=1", f"STATUS=serving on {server.url}"]
         assert httpx.get(f"{server.url}/health/ready").status_code == 200
         if workers > 1:
             assert server.log.count("is ready (process") == workers
         server.process.send_signal(signal.SIGHUP)
-        assert told.next()[0] == "RELOADING=1"
-        assert told.next() == ["READY=1"]
+        assert manager.next()[0] == "RELOADING=1"
+        assert manager.next() == ["READY=1"]
         with under_way(server) as answer:
             server.process.terminate()
-            assert told.next()[0] == "STOPPING=1"
+            assert manager.next()[0] == "STOPPING=1"
             assert answer.result().status_code == 200
         server.process.wait(20)
-    told.socket.setblocking(False)
+    manager.socket.setblocking(False)
     with pytest.raises(BlockingIOError):  # nor do workers tell anything
-        told.next()
+        manager.next()
 
 
-def test_a_reload_that_fails_is_over(told: Told) -> None:
+def test_a_reload_that_fails_is_over(manager: ServiceManager) -> None:
     """A manager that waited for its end would give the server up."""
-    notifier = Notifier(told.environment["NOTIFY_SOCKET"])
+    notifier = Notifier(manager.environment["NOTIFY_SOCKET"])
     notifier.ready()
     with pytest.raises(ZeroDivisionError), notifier.reloading():
         raise ZeroDivisionError
-    assert [told.next()[0] for _ in range(3)] == ["READY=1", "RELOADING=1", "READY=1"]
+    assert [manager.next()[0] for _ in range(3)] == ["READY=1", "RELOADING=1", "READY=1"]
 
 
-def test_the_watchdog_hears_nothing_when_an_engine_has_died(told: Told, tiny_model: Path) -> None:
-    env = {**told.environment, "WATCHDOG_USEC": "100000"}
+def test_the_watchdog_hears_nothing_when_an_engine_has_died(
+    manager: ServiceManager, tiny_model: Path
+) -> None:
+    env = {**manager.environment, "WATCHDOG_USEC": "100000"}
     flags = ("--model", str(tiny_model))
     with running_server(*flags, env=env, program=BROKEN, wait=False) as server:
-        told.until("READY=1")
-        told.until("WATCHDOG=1")
+        manager.until("READY=1")
+        manager.until("WATCHDOG=1")
         body = {"model": "tiny", "input": "iPhone"}
         assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 503
         assert httpx.get(f"{server.url}/health/live").status_code == 503
-        until(lambda: silent(told))
+        until(lambda: silent(manager))
 
 
-def silent(told: Told) -> bool:
+def silent(manager: ServiceManager) -> bool:
     """Whether nothing comes for a while."""
-    told.socket.settimeout(0.5)
+    manager.socket.settimeout(0.5)
     try:
-        told.next()
+        manager.next()
     except TimeoutError:
         return True
     return False
 
 
-def test_it_is_not_ready_before_its_models_are(told: Told, tmp_path: Path) -> None:
+def test_it_is_not_ready_before_its_models_are(manager: ServiceManager, tmp_path: Path) -> None:
     """Also when a signal comes meanwhile."""
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     flags = ("--model", str(tmp_path))
-    with running_server(*flags, env=told.environment, wait=False) as server:
+    with running_server(*flags, env=manager.environment, wait=False) as server:
         server.process.send_signal(signal.SIGHUP)
         assert server.process.wait(60) == 1
-    told.socket.setblocking(False)
-    assert told.next()[0].startswith("STATUS=loading models")
-    assert told.next()[0] == "STOPPING=1"
+    manager.socket.setblocking(False)
+    assert manager.next()[0].startswith("STATUS=loading models")
+    assert manager.next()[0] == "STOPPING=1"
 
 
-def test_the_watchdog_hears_nothing_while_a_batch_hangs(told: Told, tmp_path: Path) -> None:
+def test_the_watchdog_hears_nothing_while_a_batch_hangs(
+    manager: ServiceManager, tmp_path: Path
+) -> None:
     """As long as /health/live would be 503."""
     release = tmp_path / "release"
-    env = {**told.environment, "WATCHDOG_USEC": "100000", RELEASE: str(release)}
+    env = {**manager.environment, "WATCHDOG_USEC": "100000", RELEASE: str(release)}
     flags = ("--model", MODEL, "--threads", "1", "--inference-timeout", "0.3")
     with running_server(*flags, env=env, program=PROGRAM, wait=False) as server:
-        told.until("READY=1")
+        manager.until("READY=1")
         for _ in range(3):
-            told.until("WATCHDOG=1")
+            manager.until("WATCHDOG=1")
         body = {"model": MODEL, "input": "please wait"}
         assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 503
         assert httpx.get(f"{server.url}/health/live").status_code == 503
-        until(lambda: silent(told))
+        until(lambda: silent(manager))
         release.touch()
-        told.socket.settimeout(SECONDS)
-        told.until("WATCHDOG=1")
+        manager.socket.settimeout(SECONDS)
+        manager.until("WATCHDOG=1")
         assert httpx.get(f"{server.url}/health/live").status_code == 200
 
 
-def test_the_watchdog_of_another_process(told: Told) -> None:
-    env = {**told.environment, "WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"}
+def test_the_watchdog_of_another_process(manager: ServiceManager) -> None:
+    env = {**manager.environment, "WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"}
     with running_server("--model", MODEL, env=env, wait=False) as server:
-        told.until("READY=1")
+        manager.until("READY=1")
         server.process.terminate()
-        assert told.until("STOPPING=1") == []
+        assert manager.until("STOPPING=1") == []
 
 
-def test_several_processes_have_one_watchdog(told: Told) -> None:
-    env = {**told.environment, "WATCHDOG_USEC": "200000"}
+def test_several_processes_have_one_watchdog(manager: ServiceManager) -> None:
+    env = {**manager.environment, "WATCHDOG_USEC": "200000"}
     with running_server("--model", MODEL, "--workers", "2", env=env, wait=False):
-        told.until("READY=1")
+        manager.until("READY=1")
         for _ in range(3):
-            told.until("WATCHDOG=1")
+            manager.until("WATCHDOG=1")
 
 
 @pytest.mark.parametrize("address", ["/nowhere/notify", "vsock:2:1234", "notify"])

@@ -128,23 +128,23 @@ def refused(*arguments: str, sockets: list[socket.socket]) -> str:
 def test_what_can_not_be_served_on_is_refused_by_name(tmp_path: Path) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
         datagrams.bind(("127.0.0.1", 0))
-        told = refused(sockets=[datagrams])
-        assert "(socket0) is no stream: the socket unit needs ListenStream=" in told
+        message = refused(sockets=[datagrams])
+        assert "(socket0) is no stream: the socket unit needs ListenStream=" in message
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert "doesn't listen: the socket unit needs Accept=no" in refused(sockets=[theirs])
     with tcp() as (first, _), tcp() as (second, _):
-        told = refused(sockets=[first, second])
-        assert "2 sockets are handed over (socket0:socket1), and one is served" in told
+        message = refused(sockets=[first, second])
+        assert "2 sockets are handed over (socket0:socket1), and one is served" in message
 
 
 @pytest.mark.parametrize("flag", ["--port=0", "--host=0.0.0.0", "--uds=here.sock"])
 def test_an_address_of_its_own_is_refused(flag: str) -> None:
     name = flag.partition("=")[0]
     with tcp() as (listener, url):
-        told = refused(flag, sockets=[listener])
-    assert f"{name} is set, but the socket to listen on is handed over" in told
-    assert f"{url}: leave {name} out" in told
+        message = refused(flag, sockets=[listener])
+    assert f"{name} is set, but the socket to listen on is handed over" in message
+    assert f"{url}: leave {name} out" in message
 
 
 def test_descriptors_for_another_process_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,9 @@ MEGABYTES = 450.0
 def start_once() -> tuple[float, float]:
     """Seconds from exec to the first embedding, and the resident memory after it."""
     command = [sys.executable, str(MEASURE), "--here"]
-    told = subprocess.run(command, env=environment(), capture_output=True, check=True, text=True)
-    found = re.search(r"after ([\d.]+) s, (\d+) MB resident", told.stdout)
-    assert found is not None, told.stdout
+    done = subprocess.run(command, env=environment(), capture_output=True, check=True, text=True)
+    found = re.search(r"after ([\d.]+) s, (\d+) MB resident", done.stdout)
+    assert found is not None, done.stdout
     return float(found[1]), float(found[2])
 
 

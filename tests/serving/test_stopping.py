@@ -12,7 +12,7 @@ import pytest
 from error_shape import error_of
 from fake_backends import Blocked
 from in_process import serving, until
-from live import running_server, told_again, under_way
+from live import running_server, signalled_again, under_way
 from raw_http import ask, connect
 
 from embedding_server.serving.servers.base import SERVERS
@@ -45,7 +45,7 @@ def test_stopping_while_models_are_loaded(number: signal.Signals, server_name: s
 
 
 def test_a_drain_as_clients_see_it() -> None:
-    """Readiness is red on connections there are, work is finished, and nobody new comes in."""
+    """Readiness is red on open connections, work is finished, and new connections are refused."""
     with running_server("--model", MODEL) as server, connect(server.url) as kept:
         assert ask(kept).status_code == 200
         with under_way(server) as answer:
@@ -94,7 +94,7 @@ def test_a_second_signal_ends_it_now(
         with under_way(server) as answer:
             server.process.send_signal(first)
             until(lambda: "draining" in server.log)
-            until(lambda: told_again(server, second))
+            until(lambda: signalled_again(server, second))
             assert server.process.wait(20) == 128 + second
             with pytest.raises(httpx.TransportError):
                 answer.result()

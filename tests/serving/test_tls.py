@@ -124,7 +124,7 @@ def test_tls_can_not_be_half_closed(certificates: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--tls-cert", "{}/missing.pem"), "can't read"),
         (
@@ -136,11 +136,13 @@ def test_tls_can_not_be_half_closed(certificates: Path, name: str) -> None:
         (("--tls-client-ca", "{}/ca.pem"), "--tls-cert"),
     ],
 )
-def test_tls_that_can_not_work(certificates: Path, arguments: tuple[str, ...], told: str) -> None:
+def test_tls_that_can_not_work(
+    certificates: Path, arguments: tuple[str, ...], message: str
+) -> None:
     filled = [argument.format(certificates) for argument in arguments]
     done = run_cli("serve", "--port", "0", "--model", MODEL, *filled)
     assert done.returncode == 1
-    assert told in done.stderr.decode()
+    assert message in done.stderr.decode()
     assert b"Traceback" not in done.stderr
 
 

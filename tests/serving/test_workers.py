@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Several processes behind one port, and who minds them."""
+"""Several processes behind one port, and their supervisor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ import pytest
 from ending_server import PROGRAM as ENDING
 from faulty_workers import NONSENSE, PROGRAM
 from in_process import until
-from live import LiveServer, environment, run_cli, running_server, told_again, under_way, workers_of
+from live import (
+    LiveServer,
+    environment,
+    run_cli,
+    running_server,
+    signalled_again,
+    under_way,
+    workers_of,
+)
 
 from embedding_server.serving.supervisor import restart_wait
 from embedding_server.settings import Settings
@@ -80,9 +88,9 @@ def test_workers() -> None:
             int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0]) * 1024
             for pid in (server.process.pid, *workers)
         )
-        told = value_of("process_resident_memory_bytes", server)
-        assert told == pytest.approx(resident, rel=0.2)
-        # A limit is each process' own: that of the fullest tells whether there are too few.
+        reported = value_of("process_resident_memory_bytes", server)
+        assert reported == pytest.approx(resident, rel=0.2)
+        # A limit is each process' own: that of the fullest shows whether there are too few.
         most = max(len(os.listdir(f"/proc/{pid}/fd")) for pid in (server.process.pid, *workers))
         assert abs(value_of("process_open_fds", server) - most) <= 2
         (soft, _) = resource.prlimit(workers[0], resource.RLIMIT_NOFILE)
@@ -96,7 +104,7 @@ def test_workers() -> None:
 
 
 @pytest.mark.parametrize("kind", ["uvicorn", "hypercorn"])
-def test_nobody_meets_a_worker_that_is_loading(kind: str) -> None:
+def test_no_request_reaches_a_worker_that_is_loading(kind: str) -> None:
     """Neither when the server says that it is ready, nor when one is replaced."""
     arguments = ("--model", MODEL, "--workers", "2", "--server", kind)
     with running_server(*arguments) as server, ThreadPoolExecutor(4) as pool:
@@ -143,11 +151,11 @@ def test_a_crash_loop_is_seen_in_readiness() -> None:
         ]
         assert waits == ["0.5 s", "1 s", "2 s"]
 
-        def told() -> bool:
+        def reported() -> bool:
             response = httpx.get(f"{server.url}/health/ready")
             return response.status_code == 503 and "3 times in a row" in response.text
 
-        until(told)
+        until(reported)
         body = {"model": MODEL, "input": "iPhone"}
         assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 200
         until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 200)
@@ -185,7 +193,7 @@ def test_a_second_signal_ends_workers_now() -> None:
         with under_way(server) as answer:
             server.process.send_signal(signal.SIGTERM)
             until(lambda: "draining" in server.log)
-            until(lambda: told_again(server, signal.SIGTERM))
+            until(lambda: signalled_again(server, signal.SIGTERM))
             assert server.process.wait(20) == 128 + signal.SIGTERM
             until(lambda: not any(_running(pid) for pid in workers))
             with pytest.raises(httpx.TransportError):
@@ -349,7 +357,7 @@ def test_nothing_is_left_of_the_folder_of_metrics(tmp_path: Path) -> None:
         with under_way(server):
             server.process.send_signal(signal.SIGTERM)
             until(lambda: "draining" in server.log)
-            until(lambda: told_again(server, signal.SIGTERM))
+            until(lambda: signalled_again(server, signal.SIGTERM))
     assert not list(tmp_path.iterdir())
 
 
@@ -360,7 +368,7 @@ def test_a_folder_of_metrics_that_is_somebody_elses(tmp_path: Path) -> None:
 
 
 def test_workers_that_can_not_be_replaced(tmp_path: Path) -> None:
-    """The log says why; without any left the server ends, so that who minds it is told."""
+    """The log says why; without any left the server ends, so that its service manager notices."""
     keys = tmp_path / "keys"
     keys.write_text("first\n")
     keys.chmod(0o600)

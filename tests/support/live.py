@@ -48,7 +48,7 @@ class LiveServer:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody had just now, for a program that must be told one."""
+    """A port of loopback that is free now, for a program that needs a number."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -113,8 +113,8 @@ def handed_over(sockets: Sequence[socket.socket], command: Sequence[str]) -> lis
     """``command`` with ``sockets``, which it inherits, as sd_listen_fds(3) says: from 3 on."""
     moved = " ".join(f"{n}<&{s.fileno()}" for n, s in enumerate(sockets, 3))
     names = ":".join(f"socket{n}" for n in range(len(sockets)))
-    told = f"LISTEN_PID=$$ LISTEN_FDS={len(sockets)} LISTEN_FDNAMES={names}"
-    return ["bash", "-c", f'exec {moved}; export {told}; exec "$@"', "-", *command]
+    variables = f"LISTEN_PID=$$ LISTEN_FDS={len(sockets)} LISTEN_FDNAMES={names}"
+    return ["bash", "-c", f'exec {moved}; export {variables}; exec "$@"', "-", *command]
 
 
 def run_cli(
@@ -169,7 +169,7 @@ def under_way(server: LiveServer, seconds: float = 60) -> Iterator[Future[httpx.
         yield answer
 
 
-def told_again(server: LiveServer, number: int) -> bool:
+def signalled_again(server: LiveServer, number: int) -> bool:
     """Whether it has ended; if not, it is sent another signal to do so."""
     if server.process.poll() is not None:
         return True

@@ -239,7 +239,7 @@ class Supervisor:
     def _reload(self) -> None:
         self._wake.set()  # a fault that kept a worker from starting may be repaired
         self._wake.clear()
-        with self._notifier.reloading():  # until the workers are told
+        with self._notifier.reloading():  # until the commands are written
             for slot in self._slots:
                 slot.send("reload")
 

@@ -11,6 +11,7 @@ import ast
 import json
 import logging
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -126,7 +127,8 @@ def check(
         counts["mutations"] += 1
         shutil.rmtree(folder)
     with capsys.disabled():
-        print(f"\n{model.name}: {dict(counts)}")
+        # On stderr, which also comes through from a process of pytest-xdist.
+        print(f"\n{model.name}: {dict(counts)}", file=sys.stderr)
     assert not wrong, "\n".join(wrong)
     return counts
 

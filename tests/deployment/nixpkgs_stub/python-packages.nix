@@ -23,6 +23,7 @@
   pyarrow = [ ];
   pydantic = [ ];
   pytest = [ ];
+  pytest-xdist = [ ];
   pyyaml = [ ];
   ray = [ "data" "serve" ];
   ruff = [ ];

@@ -206,7 +206,7 @@ def _measure(
                 _tell(f"{name}, round {number}: {label} {sample.rate:.2f} requests/s")
     return WorkloadResult(
         name=name,
-        help=workload.help,
+        help=WORKLOADS[name].help,
         connections=connections,
         seconds=options.seconds,
         samples=samples,

@@ -77,7 +77,7 @@ def test_a_request_that_takes_longer_than_the_drain(
         answer = pool.submit(httpx.post, f"{server.url}/v1/embeddings", json=body, timeout=30)
         until(lambda: 'queue_requests{model="tiny"} 1.0' in client.get("/metrics").text)
         server.server.stop()
-        assert "has to end" in error_of(answer.result(), 503)["message"]
+        assert "shutting down" in error_of(answer.result(), 503)["message"]
         blocked.release()
 
 

@@ -19,6 +19,7 @@ from embedding_server.api.cors import Cors
 from embedding_server.api.documentation import errors, openapi_document
 from embedding_server.api.errors import add_error_handlers
 from embedding_server.api.keys import ApiKeys
+from embedding_server.api.lifetime import BodyClock
 from embedding_server.api.middleware import (
     ApiKeyMiddleware,
     DirectRoutes,
@@ -110,6 +111,7 @@ def create_app(
         telemetry=telemetry,
         registry=registry,
         bodies=Bodies(settings),
+        body_clock=BodyClock(settings.body_timeout),
         api_keys=keys,
     )
     for router in (*ROUTERS, *heads()):

@@ -98,7 +98,7 @@ DIRECT: Mapping[tuple[str, str], Endpoint] = {
 async def _embed(request: Request, schema: type[EmbedRequest], *, openai: bool) -> Response:
     state = state_of(request)
     record = record_of(request.scope)
-    async with Lifetime(request, state.settings.body_timeout) as lifetime:
+    async with Lifetime(request, state.body_clock) as lifetime:
         with Body(state.bodies) as body:
             content = await body.read(request)
             lifetime.body_read()

@@ -37,7 +37,8 @@ def encode_embeddings(
         )
         for index, vector in enumerate(rows)
     )
-    usage = {"prompt_tokens": embeddings.tokens, "total_tokens": embeddings.tokens}
+    tokens = embeddings.tokens
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return b'{"object":"list","model":%b,"data":[%b],"usage":%b}' % (
         orjson.dumps(model),
         data,

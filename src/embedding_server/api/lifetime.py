@@ -16,9 +16,11 @@ from embedding_server.api.body import body_too_slow
 from embedding_server.api.headers import single_header
 from embedding_server.errors import DeadlineExceeded, InvalidRequest
 
-__all__ = ["DEADLINE_HEADER", "Lifetime", "deadline_exceeded", "seconds_given"]
+__all__ = ["DEADLINE_HEADER", "BodyClock", "Lifetime", "deadline_exceeded", "seconds_given"]
 
 DEADLINE_HEADER = b"x-request-timeout"
+
+_LOOK_SECONDS = 1.0
 
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}")
 
@@ -26,30 +28,25 @@ _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}")
 class Lifetime:
     """Cancels the work in its ``async with`` block when its time is over or its client hangs up.
 
-    The body must be read within ``body_seconds``, and all be done by the deadline that
+    The body must be read within the time of ``clock``, and all be done by the deadline that
     ``x-request-timeout`` sets; raises InvalidRequest for a header that is no time. The block then
     raises BodyTooSlow, DeadlineExceeded or ClientDisconnect. One ``asyncio.Timeout`` serves all
     three, so that a cancellation by anybody else passes through.
     """
 
-    __slots__ = ("_body_seconds", "_deadline", "_hung_up", "_request", "_seconds", "_timeout",
-                 "_watcher")  # fmt: skip
+    __slots__ = ("_clock", "_reason", "_request", "_seconds", "_timeout", "_watcher")
 
-    def __init__(self, request: Request, body_seconds: float) -> None:
+    def __init__(self, request: Request, clock: BodyClock) -> None:
         self._request = request
-        self._body_seconds = body_seconds
+        self._clock = clock
         self._seconds = seconds_given(request)
-        now = asyncio.get_running_loop().time()
-        self._deadline = None if self._seconds is None else now + self._seconds
-        until = now + body_seconds
-        if self._deadline is not None:
-            until = min(until, self._deadline)
-        self._timeout = asyncio.timeout_at(until)
+        self._timeout = asyncio.timeout(self._seconds)
         self._watcher: asyncio.Task[None] | None = None
-        self._hung_up = False
+        self._reason: Exception | None = None
 
     async def __aenter__(self) -> Self:
         await self._timeout.__aenter__()
+        self._clock.start(self)
         return self
 
     def body_read(self) -> None:
@@ -57,8 +54,14 @@ class Lifetime:
 
         ASGI servers report a hang-up only to a pending ``receive``.
         """
-        self._timeout.reschedule(self._deadline)
+        self._clock.stop(self)
         self._watcher = asyncio.ensure_future(self._wait_for_hang_up())
+
+    def end(self, reason: Exception) -> None:
+        """Cancel the work, and let the block raise ``reason``, unless its deadline came first."""
+        if not self._timeout.expired():
+            self._reason = reason
+            self._timeout.reschedule(0)
 
     async def __aexit__(
         self,
@@ -66,29 +69,51 @@ class Lifetime:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._clock.stop(self)
         if self._watcher is not None:
             self._watcher.cancel()
         try:
             await self._timeout.__aexit__(kind, error, traceback)
         except TimeoutError:
-            raise self._reason() from None
-
-    def _reason(self) -> Exception:
-        if self._hung_up:
-            return ClientDisconnect()
-        if self._watcher is None and (self._seconds is None or self._body_seconds < self._seconds):
-            return body_too_slow(self._body_seconds)
-        assert self._seconds is not None
-        return deadline_exceeded(self._seconds)
+            raise (self._reason or deadline_exceeded(self._seconds or 0)) from None
 
     async def _wait_for_hang_up(self) -> None:
         # A server whose receive fails has lost its client, too.
         with contextlib.suppress(Exception):
             while (await self._request.receive())["type"] != "http.disconnect":
                 pass
-        if not self._timeout.expired():
-            self._hung_up = True
-            self._timeout.reschedule(0)
+        self.end(ClientDisconnect())
+
+
+class BodyClock:
+    """Ends lifetimes whose body takes longer than ``seconds``; for use in one event loop.
+
+    One timer for all of them: one for each request would take 5 % of a short request's time.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._started: dict[Lifetime, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, lifetime: Lifetime) -> None:
+        """Count the time of the body of ``lifetime`` from now."""
+        loop = asyncio.get_running_loop()
+        self._started[lifetime] = loop.time()
+        if self._timer is None:
+            self._timer = loop.call_later(_LOOK_SECONDS, self._look)
+
+    def stop(self, lifetime: Lifetime) -> None:
+        """Count it no longer."""
+        self._started.pop(lifetime, None)
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        too_long_ago = loop.time() - self._seconds
+        for lifetime in [one for one, since in self._started.items() if since < too_long_ago]:
+            self.stop(lifetime)
+            lifetime.end(body_too_slow(self._seconds))
+        self._timer = loop.call_later(_LOOK_SECONDS, self._look) if self._started else None
 
 
 def seconds_given(request: Request) -> float | None:

@@ -9,6 +9,7 @@ from fastapi import Request
 
 from embedding_server.api.body import Bodies
 from embedding_server.api.keys import ApiKeys
+from embedding_server.api.lifetime import BodyClock
 from embedding_server.models.registry import Registry
 from embedding_server.settings import Settings
 from embedding_server.telemetry import Telemetry
@@ -33,6 +34,7 @@ class State:
     telemetry: Telemetry
     registry: Registry
     bodies: Bodies
+    body_clock: BodyClock
     api_keys: ApiKeys
     condition: Condition = field(default_factory=Condition)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -21,6 +22,11 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from embedding_server.processes import PROCESS_METRICS, Processes
 
 __all__ = ["METRICS", "Metric", "ModelMetrics", "Telemetry"]
+
+_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SCRAPES = 5
+"""Attempts to read the files of all workers."""
 
 _SECONDS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -246,7 +252,11 @@ class Telemetry:
             registry = CollectorRegistry()
             MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
             registry.register(self._processes)
-        return generate_latest(registry), "text/plain; version=0.0.4; charset=utf-8"
+        for _ in range(_SCRAPES - 1):
+            # A file of a worker that ended is renamed while its successor starts.
+            with contextlib.suppress(FileNotFoundError):
+                return generate_latest(registry), _CONTENT_TYPE
+        return generate_latest(registry), _CONTENT_TYPE
 
 
 def _create(row: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:

@@ -448,6 +448,40 @@ def test_an_idle_connection_of_http_2_is_closed(tiny_model: Path) -> None:
                     pass
 
 
+def test_a_connection_whose_only_stream_was_reset_is_idle(
+    blocked: type[Blocked], tiny_model: Path
+) -> None:
+    settings: dict[str, Any] = {"backend": "onnx", "server": "hypercorn", "idle_timeout": 0.5}
+    with (
+        serving(model=(str(tiny_model),), **settings) as server,
+        connect(server.url) as connection,
+        httpx.Client(base_url=server.url) as client,
+    ):
+        http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+        http.initiate_connection()
+        _send(http, 1, b'{"model": "tiny", "input": "river"}')
+        connection.sendall(http.data_to_send())
+        until(lambda: 'queue_requests{model="tiny"} 1.0' in client.get("/metrics").text)
+        http.reset_stream(1)
+        connection.sendall(http.data_to_send())
+        while connection.recv(65536):
+            pass
+
+
+@pytest.mark.parametrize("start", [b"P", b"PRI * HTTP/2.0\r\n"])
+def test_a_preface_of_http_2_that_stops(tiny_model: Path, start: bytes) -> None:
+    settings: dict[str, Any] = {"header_timeout": 0.5, "idle_timeout": 1000}
+    with (
+        serving(model=(str(tiny_model),), server="hypercorn", **settings) as server,
+        connect(server.url) as connection,
+    ):
+        connection.sendall(start)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+        assert answer.startswith(b"HTTP/1.1 408 ")
+
+
 def test_a_drain_of_http_2(blocked: type[Blocked], tiny_model: Path) -> None:
     """A request under way is answered; an idle connection does not keep the server."""
     settings: dict[str, Any] = {"backend": "onnx", "server": "hypercorn", "drain_timeout": 1000}
@@ -455,20 +489,25 @@ def test_a_drain_of_http_2(blocked: type[Blocked], tiny_model: Path) -> None:
         serving(model=(str(tiny_model),), **settings) as server,
         connect(server.url) as connection,
         connect(server.url) as idle,
+        connect(server.url) as late,
         httpx.Client(base_url=server.url) as client,
     ):
         https = [
             h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
-            for _ in range(2)
+            for _ in range(3)
         ]
-        for http, stream in zip(https, (connection, idle), strict=True):
+        for http in https:
             http.initiate_connection()
+        for http, stream in zip(https, (connection, idle), strict=False):
             stream.sendall(http.data_to_send())
         _send(https[0], 1, b'{"model": "tiny", "input": "river"}')
         connection.sendall(https[0].data_to_send())
         until(lambda: 'queue_requests{model="tiny"} 1.0' in client.get("/metrics").text)
         server.server.stop()
         while idle.recv(65536):
+            pass
+        late.sendall(https[2].data_to_send())  # it is open, and asks for HTTP/2 only now
+        while late.recv(65536):
             pass
         assert server.thread.is_alive()
         blocked.release()

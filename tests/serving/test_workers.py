@@ -382,3 +382,38 @@ def test_workers_that_can_not_be_replaced(tmp_path: Path) -> None:
         os.kill(second, signal.SIGKILL)
         assert server.process.wait(30) == 1
         assert server.log.rstrip().splitlines()[-1].startswith("embedding-server: --api-key-file")
+
+
+SCRAPES = """
+import os, sys, threading
+from pathlib import Path
+from embedding_server.telemetry import Telemetry
+
+telemetry = Telemetry()
+telemetry.error_answered("none")
+folder = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+(file,) = folder.glob("counter_*.db")
+ended = threading.Event()
+
+def hand_on():
+    number = 0
+    while not ended.wait(0.001):
+        number += 1
+        (old,) = folder.glob("counter_*.db")
+        old.rename(folder / f"counter_{number}.db")
+
+thread = threading.Thread(target=hand_on)
+thread.start()
+try:
+    for _ in range(500):
+        text, _ = telemetry.exposition()
+        assert b"embedding_server_errors_total" in text
+finally:
+    ended.set()
+    thread.join()
+"""
+
+
+def test_metrics_are_read_while_a_successor_takes_over_the_files(tmp_path: Path) -> None:
+    env = environment({"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)})
+    subprocess.run([sys.executable, "-c", SCRAPES], env=env, check=True, timeout=120)

@@ -212,12 +212,14 @@ class Supervisor:
             slot.kill()
             await slot.process.wait()
             slot.last_process, slot.process = slot.process.pid, None
-            _remove_live_gauges(self._metrics, slot.last_process)
         if slot.steady is not None:
             slot.steady.cancel()
         if slot.control is not None:
             slot.control.close()
         self._report_siblings()
+        if slot.last_process is not None:
+            with contextlib.suppress(OSError):  # gauges that stay are better than no restart
+                _remove_live_gauges(self._metrics, slot.last_process)
 
     def _forgive(self, slot: _Slot) -> None:
         slot.ends = 0

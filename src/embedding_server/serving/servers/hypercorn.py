@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import h2.events
 from h2.errors import ErrorCodes
-from h2.events import DataReceived, RequestReceived
+from h2.events import DataReceived, RequestReceived, StreamReset
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.asyncio.task_group import TaskGroup
 from hypercorn.asyncio.worker_context import WorkerContext
@@ -55,6 +55,7 @@ class _Http1OrHttp2(Http1):
                 return
             if _PREFACE.startswith(data):
                 self._start = data
+                self._bound_head(len(data))
                 return
             self._start = None
         super().data_received(data)
@@ -80,7 +81,8 @@ class _Http1OrHttp2(Http1):
         self.connections.discard(self)
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await _Http2Connection(self, reader, writer).run(headers, settings)
+            with contextlib.suppress(asyncio.CancelledError):  # asyncio would log it as a fault
+                await _Http2Connection(self, reader, writer).run(headers, settings)
 
         reader = asyncio.StreamReader(loop=self.loop)
         streams = asyncio.StreamReaderProtocol(reader, serve, loop=self.loop)
@@ -115,6 +117,8 @@ class _Http2Connection:
         state.tasks.add(task)
         if headers is None:
             self._idle_timer.start(self._idle_seconds, self._close)
+        if self._http1.config.draining:  # it began after the other connections were drained
+            self.drain()
         try:
             async with TaskGroup(self._http1.loop) as group:
                 protocol = self._protocol(group)
@@ -207,6 +211,8 @@ class _Http2(H2Protocol):
                 self.connection.reset_stream(event.stream_id, ErrorCodes.PROTOCOL_ERROR)
             else:
                 await super()._handle_events([event])
+                if isinstance(event, StreamReset) and self.idle:
+                    await self.send(Updated(idle=True))  # not sent for streams that are closed
         await self._flush()
 
 

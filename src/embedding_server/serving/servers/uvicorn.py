@@ -74,7 +74,7 @@ class _Server(uvicorn.Server):
         if tasks:
             logger.error("--drain-timeout is over: %d requests are cut", len(tasks))
             for task in tasks:
-                task.cancel()  # the application answers the client
+                task.cancel()  # in HTTP/1 the application then answers the client
             await asyncio.wait(tasks, timeout=_CUT_SECONDS)
         self.config.timeout_graceful_shutdown = _CUT_SECONDS
         await super().shutdown(sockets)

@@ -211,7 +211,7 @@ def test_a_killed_replica_loses_no_answer(cluster: Cluster, log: Path, golden: G
             os.kill(before[0], signal.SIGKILL)
             killed.set()
             # It had requests in hand, which the other one answers.
-            wait_until(lambda: "has gone with a request" in log.read_text(), "a second try")
+            wait_until(lambda: "has ended with a request" in log.read_text(), "a second try")
             wait_until(lambda: log.read_text().count("is ready: onnx") == 3, "another replica")
         finally:
             killed.set()

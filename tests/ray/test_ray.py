@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,9 +28,10 @@ from readme import ROOT, blocks, commands, section
 from embedding_server.corpus.options import CorpusOptions
 from embedding_server.engine.parameters import EmbedParams
 from embedding_server.errors import ConfigurationError, ModelUnavailable, NotReady, Overloaded
-from embedding_server.ray.corpus import ClusterOptions, PartEmbedder, begun, parts_of, shares_of
+from embedding_server.ray.corpus import ClusterOptions, open_folder, shares_of
 from embedding_server.ray.metrics import Metrics, reporting
 from embedding_server.ray.options import options_of
+from embedding_server.ray.parts import PartEmbedder, parts_of
 from embedding_server.ray.scaling import QUEUED_TOKENS, QueuedTokens
 from embedding_server.ray.serving import Answer, Forwarded, ask_replicas
 from embedding_server.settings import load_settings
@@ -96,10 +96,27 @@ def test_the_configuration_of_the_docs() -> None:
     assert (options.max_replicas, settings.model, settings.threads) == (8, (MODEL,), 2)
 
 
-def test_no_usage_is_told_to_anyone() -> None:
-    program = "import os, embedding_server.ray; print(os.environ['RAY_USAGE_STATS_ENABLED'])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    assert done.stdout.strip() == b"0"
+@pytest.mark.parametrize(
+    "start",
+    [
+        f"from embedding_server.ray import app; begin = lambda: app({{'model': {MODEL!r}}})",
+        "from embedding_server.ray.corpus import connect; begin = lambda: connect('nowhere')",
+    ],
+    ids=["serve", "embed"],
+)
+def test_no_usage_is_reported(start: str) -> None:
+    """By a cluster that we start; an import changes nothing in the environment."""
+    program = (
+        f"import contextlib, os\nfrom embedding_server.errors import ConfigurationError\n{start}\n"
+        "variable = 'RAY_USAGE_STATS_ENABLED'\n"
+        "before = os.environ.get(variable)\n"
+        "with contextlib.suppress(ConfigurationError):\n    begin()\n"
+        "print(before, os.environ[variable])"
+    )
+    env = environment()
+    env.pop("RAY_USAGE_STATS_ENABLED", None)
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, check=True)
+    assert done.stdout.split() == [b"None", b"0"]
 
 
 def test_the_constraints_have_all_that_the_extra_installs() -> None:
@@ -144,8 +161,8 @@ def asked(*outcomes: object, until: float | None = None) -> tuple[Answer, list[F
         remote = SimpleNamespace(remote=lambda request: asyncio.ensure_future(answer(request)))
         models = SimpleNamespace(answer=remote)
         now = asyncio.get_running_loop().time()
-        headers = ((b"x-request-timeout", b"9"), (b"x-request-id", b"mine"))
-        request = Forwarded("POST", "/v1/embeddings", b"", "http", None, headers, b"{}")
+        headers = [(b"x-request-timeout", b"9"), (b"x-request-id", b"mine")]
+        request = Forwarded({"method": "POST", "path": "/v1/embeddings", "headers": headers}, b"{}")
         return await ask_replicas(models, request, until and now + until)
 
     return asyncio.run(run()), calls
@@ -157,10 +174,10 @@ def test_another_replica_is_asked_when_one_dies() -> None:
     answer, calls = asked(ray.exceptions.ActorDiedError(), lost, fine, until=9)
     assert answer is fine
     assert len(calls) == 3
-    assert dict(calls[0].headers)[b"x-request-timeout"] == b"9"
+    assert dict(calls[0].scope["headers"])[b"x-request-timeout"] == b"9"
     # The others have what time is left, and all else alike.
-    assert 8 < float(dict(calls[2].headers)[b"x-request-timeout"]) < 9
-    assert dict(calls[2].headers)[b"x-request-id"] == b"mine"
+    assert 8 < float(dict(calls[2].scope["headers"])[b"x-request-timeout"]) < 9
+    assert dict(calls[2].scope["headers"])[b"x-request-id"] == b"mine"
     assert calls[2].body == b"{}"
 
 
@@ -275,13 +292,12 @@ def write(file: Path, **columns: Any) -> Path:
 
 
 def embedded(file: Path, output: Path) -> dict[str, Any]:
-    """What an actor says that has done the only part of ``file``."""
+    """The result of an actor for the only part of ``file``."""
     settings = load_settings({"model": MODEL, "threads": "1"})
     (part,) = parts_of([file], "text")
     output.mkdir()
-    actor = PartEmbedder(settings, CorpusOptions([str(file)], EmbedParams(), field="text"), output)
-    told = actor({name: np.array([value]) for name, value in asdict(part).items()})
-    return {name: values[0] for name, values in told.items()}
+    options = CorpusOptions([str(file)], EmbedParams(), field="text")
+    return PartEmbedder(settings, options, output)(asdict(part))
 
 
 def test_all_that_is_text_is_embedded(tmp_path: Path) -> None:
@@ -371,7 +387,7 @@ def test_inputs_that_cannot_be_embedded_are_refused_by_name(tmp_path: Path) -> N
     assert "has a column 'embedding' already" in refused(done, "--field", "text", "-o", output)
     assert not output.exists()
     nowhere = refused(good, "--field", "text", "-o", output, "--ray-address", "nowhere")
-    assert "RAY_ADDRESS, nowhere: no cluster can be had there: " in nowhere
+    assert "RAY_ADDRESS, nowhere: no cluster is available there: " in nowhere
     assert "Traceback" not in nowhere
 
 
@@ -383,7 +399,7 @@ def test_an_output_of_others_is_refused(tmp_path: Path) -> None:
     assert "holds other files" in refused(good, "--field", "text", "-o", output)
     (output / "mine.parquet").unlink()
     (output / "._manifest.json.7.part").touch()  # of a run that was killed as it began
-    assert begun(str(output), {"model": "another"}) == output
+    assert open_folder(str(output), {"model": "another"}) == output
     assert "was begun with other values of" in refused(good, "--field", "text", "-o", output)
     assert "-o must name a folder" in refused(good, "--field", "text", "-o", good)
     plain = run_cli("embed", "--ray-actors", "2", "--model", MODEL, str(good))

@@ -16,14 +16,13 @@ from embedding_server.api.schemas import EmbedRequest
 from embedding_server.engine.engine import CHARACTERS_PER_TOKEN
 from embedding_server.errors import (
     BodyTooLarge,
-    BodyTooSlow,
     InvalidRequest,
     Overloaded,
     UnsupportedContent,
 )
 from embedding_server.settings import Settings
 
-__all__ = ["Bodies", "Body", "body_too_slow"]
+__all__ = ["Bodies", "Body"]
 
 # As many bodies of the largest size at a time: reading and parsing one takes several times its
 # bytes, before a model's own limits apply.
@@ -125,11 +124,6 @@ class Body:
             parsing.exception()  # or asyncio would log it as never retrieved
         self._bodies.held -= self._held
         self._held = 0
-
-
-def body_too_slow(seconds: float) -> BodyTooSlow:
-    """The error for a body that took longer than ``seconds``."""
-    return BodyTooSlow(f"The body did not come within {seconds:g} s; send the inputs in parts.")
 
 
 def _check_type(scope: Scope) -> None:

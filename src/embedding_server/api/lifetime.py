@@ -12,11 +12,10 @@ from typing import Self
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from embedding_server.api.body import body_too_slow
 from embedding_server.api.headers import single_header
-from embedding_server.errors import DeadlineExceeded, InvalidRequest
+from embedding_server.errors import BodyTooSlow, DeadlineExceeded, InvalidRequest
 
-__all__ = ["DEADLINE_HEADER", "BodyClock", "Lifetime", "deadline_exceeded", "seconds_given"]
+__all__ = ["DEADLINE_HEADER", "BodyClock", "Lifetime"]
 
 DEADLINE_HEADER = b"x-request-timeout"
 
@@ -31,16 +30,18 @@ class Lifetime:
     The body must be read within the time of ``clock``, and all be done by the deadline that
     ``x-request-timeout`` sets; raises InvalidRequest for a header that is no time. The block then
     raises BodyTooSlow, DeadlineExceeded or ClientDisconnect. One ``asyncio.Timeout`` serves all
-    three, so that a cancellation by anybody else passes through.
+    three, so that a cancellation by anybody else passes through. The block is cancelled ``grace``
+    seconds after the deadline.
     """
 
-    __slots__ = ("_clock", "_reason", "_request", "_seconds", "_timeout", "_watcher")
+    __slots__ = ("_clock", "_grace", "_reason", "_request", "_seconds", "_timeout", "_watcher")
 
-    def __init__(self, request: Request, clock: BodyClock) -> None:
+    def __init__(self, request: Request, clock: BodyClock, *, grace: float = 0.0) -> None:
         self._request = request
         self._clock = clock
-        self._seconds = seconds_given(request)
-        self._timeout = asyncio.timeout(self._seconds)
+        self._seconds = _seconds_given(request)
+        self._grace = grace
+        self._timeout = asyncio.timeout(None if self._seconds is None else self._seconds + grace)
         self._watcher: asyncio.Task[None] | None = None
         self._reason: Exception | None = None
 
@@ -49,13 +50,17 @@ class Lifetime:
         self._clock.start(self)
         return self
 
-    def body_read(self) -> None:
-        """From now on only the deadline and the client end the work.
+    @property
+    def deadline(self) -> float | None:
+        """In the event loop's time; None without one."""
+        end = self._timeout.when()
+        return None if end is None else end - self._grace
 
-        ASGI servers report a hang-up only to a pending ``receive``.
-        """
+    def body_read(self, *, watch_client: bool = True) -> None:
+        """From now on only the deadline ends the work, and the client with ``watch_client``."""
         self._clock.stop(self)
-        self._watcher = asyncio.ensure_future(self._wait_for_hang_up())
+        if watch_client:  # ASGI servers report a hang-up only to a pending ``receive``
+            self._watcher = asyncio.ensure_future(self._wait_for_hang_up())
 
     def end(self, reason: Exception) -> None:
         """Cancel the work, and let the block raise ``reason``, unless its deadline came first."""
@@ -75,7 +80,13 @@ class Lifetime:
         try:
             await self._timeout.__aexit__(kind, error, traceback)
         except TimeoutError:
-            raise (self._reason or deadline_exceeded(self._seconds or 0)) from None
+            raise (self._reason or self._deadline_exceeded()) from None
+
+    def _deadline_exceeded(self) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"The {self._seconds:g} s that x-request-timeout gave this request are over; the rest "
+            "of it is not computed."
+        )
 
     async def _wait_for_hang_up(self) -> None:
         # A server whose receive fails has lost its client, too.
@@ -112,11 +123,12 @@ class BodyClock:
         too_long_ago = loop.time() - self._seconds
         for lifetime in [one for one, since in self._started.items() if since < too_long_ago]:
             self.stop(lifetime)
-            lifetime.end(body_too_slow(self._seconds))
+            reason = f"The body did not come within {self._seconds:g} s; send the inputs in parts."
+            lifetime.end(BodyTooSlow(reason))
         self._timer = loop.call_later(_LOOK_SECONDS, self._look) if self._started else None
 
 
-def seconds_given(request: Request) -> float | None:
+def _seconds_given(request: Request) -> float | None:
     """The value of ``x-request-timeout``; raises InvalidRequest for two, or for no time."""
     value = single_header(request.scope, DEADLINE_HEADER)
     if value is None:
@@ -130,11 +142,3 @@ def seconds_given(request: Request) -> float | None:
             param="x-request-timeout",
         )
     return seconds
-
-
-def deadline_exceeded(seconds: float) -> DeadlineExceeded:
-    """The error for a request whose ``seconds`` are over."""
-    return DeadlineExceeded(
-        f"The {seconds:g} s that x-request-timeout gave this request are over; the rest of it is "
-        "not computed."
-    )

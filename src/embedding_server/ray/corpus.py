@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""``embed --ray``: Parquet in, a folder of Parquet out, over a cluster, and resumable.
-
-The input is cut into parts, each of some rows of one row group. An actor of Ray Data embeds one
-and writes it to a file of its own, which gets its name when it is whole. So what has its name is
-done, whatever was killed meanwhile, and a further run does the rest.
-"""
+"""``embed --ray``: Parquet files in, a folder of Parquet files out, over a cluster, resumable."""
 
 from __future__ import annotations
 
@@ -21,236 +16,195 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from embedding_server.corpus.embedding import embed_lines
-from embedding_server.corpus.lines import Line
 from embedding_server.corpus.options import CorpusOptions
-from embedding_server.corpus.writers import import_pyarrow, vector_column, whole_file
+from embedding_server.corpus.writers import whole_file
 from embedding_server.embedder import Embedder
 from embedding_server.engine.info import ModelInfo
 from embedding_server.errors import ConfigurationError, EmbeddingServerError
-from embedding_server.ray.options import with_whole_paths
+from embedding_server.ray.options import send_no_usage_stats, with_absolute_paths
+from embedding_server.ray.parts import (
+    PART_ROWS,
+    Part,
+    PartEmbedder,
+    PartResult,
+    find_files,
+    parts_of,
+    read_result,
+)
 from embedding_server.settings import Settings
 
-__all__ = [
-    "ClusterOptions",
-    "PartEmbedder",
-    "begun",
-    "embed_on_ray",
-    "parts_of",
-    "shares_of",
-]
+__all__ = ["ClusterOptions", "connect", "embed_on_ray", "open_folder", "shares_of"]
 
 logger = logging.getLogger(__name__)
 
-COLUMN = "embedding"
-
-# Beginning with an underscore, it is no data to those who read the folder as one table.
+# Readers of the folder as one table skip names that begin with an underscore.
 _MANIFEST = "_manifest.json"
 
-# Rows that are lost at most, with what an actor had in hand, and that one task takes.
-_PART_ROWS = 16_384
-
-# Between two lines of the log where no terminal shows a bar.
+# Between two lines of the log where no terminal shows a progress bar.
 _LOG_SECONDS = 30.0
-
-# Of a part's file: what was cut in it.
-_TOLD = b"embedding_server"
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterOptions:
-    """What the command line asks of Ray."""
+    """The options of the cluster and its actors."""
 
     address: str | None = None
     actors: int | None = None
     gpus: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """``rows`` rows of a row group, from its ``first`` on, which is the file's ``row``."""
-
-    name: str
-    file: str
-    row_group: int
-    first: int
-    row: int
-    rows: int
-
-
 def embed_on_ray(settings: Settings, options: CorpusOptions, cluster: ClusterOptions) -> int:
-    """Embed the column ``options.field`` of every file, as far as it isn't done already.
+    """Embed the column ``options.field`` of all parts that are not done; returns the exit code.
 
-    Returns the exit code. Raises ConfigurationError for what can't be meant, and
-    EmbeddingServerError, naming file and row, for one that can't be embedded.
+    Raises ConfigurationError for options that can't work, and EmbeddingServerError, naming file
+    and row, for a text that can't be embedded.
     """
-    _check_extra()
-    settings = with_whole_paths(settings)
-    files = _files(options.files)
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigurationError(
+            "--ray needs the extra [ray]; install it with pip install 'embedding-server[ray]', in "
+            "a checkout with scripts/install '[ray]'."
+        )
+    settings = with_absolute_paths(settings)
+    files = find_files(options.files)
     parts = parts_of(files, options.field)
-    # Here, too, so that what the options can't mean is told before a cluster is busy.
+    # Here, too, so that wrong options are refused before a cluster is busy.
     with Embedder.from_settings(settings.model[0], settings) as embedder:
         info = embedder.info
         embedder.embed_detailed(["text"], options.params)
-    folder = begun(options.output, _manifest(settings, options, info, files))
-    found = {part.name: _told(folder / part.name, part.rows) for part in parts}
-    left = [part for part in parts if found[part.name] is None]
+    folder = open_folder(options.output, _manifest(settings, options, info, files))
+    stored = {part.name: read_result(folder, part) for part in parts}
+    left = [part for part in parts if stored[part.name] is None]
+    results = [result for result in stored.values() if result is not None]
     total = sum(part.rows for part in parts)
     rows_left = sum(part.rows for part in left)
-    if len(left) < len(parts):
+    if results:
         logger.info("%d of %d rows are done already", total - rows_left, total)
-    told: list[Mapping[str, Any]] = [part for part in found.values() if part is not None]
-    bar = tqdm(
-        total=total, initial=total - rows_left, unit=" rows", disable=not sys.stderr.isatty()
-    )
-    done = total - rows_left
-    logged = time.monotonic()
-    results = _results(left, folder, settings, options, cluster)
-    try:
-        with bar, contextlib.closing(results):
-            for result in results:
-                if result["error"]:
-                    raise EmbeddingServerError(str(result["error"]))
-                told.append(result)
-                done += int(result["rows"])
-                bar.update(int(result["rows"]))
-                if bar.disable and time.monotonic() - logged > _LOG_SECONDS:
-                    logged = time.monotonic()
-                    logger.info("%d of %d rows are done", done, total)
-    except KeyboardInterrupt:
-        logger.warning("interrupted: %d of %d rows are done; run it again to go on", done, total)
-        raise
+    for result in _with_progress(
+        _embed_parts(left, folder, settings, options, cluster), total, rows_left
+    ):
+        results.append(result)
     logger.info("embedded %d rows; %d in all, in %s", rows_left, total, folder)
-    cut = [result for result in told if result["truncated"]]
+    cut = [result for result in results if result.truncated]
     if cut:
         logger.warning(
             "%d of %d texts were cut to the %d tokens that %s takes, as that in %s",
-            *(sum(result["truncated"] for result in cut), total),
-            *(info.max_tokens, info.name, cut[0]["first_cut"]),
+            sum(result.truncated for result in cut),
+            total,
+            info.max_tokens,
+            info.name,
+            cut[0].first_cut,
         )
     return 0
 
 
-class PartEmbedder:
-    """An actor: one model on its share of a node."""
-
-    def __init__(self, settings: Settings, options: CorpusOptions, folder: Path) -> None:
-        self._embedder = Embedder.from_settings(settings.model[0], settings)
-        self._options = options
-        self._folder = folder
-
-    def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Sequence[Any]]:
-        """Do the one part of ``batch``; what is wrong with it comes back, and isn't tried again."""
-        arrow, _ = import_pyarrow()
-        part = _Part(**{name: values.tolist()[0] for name, values in batch.items()})
-        result = {"truncated": 0, "first_cut": "", "error": ""}
-        try:
-            result |= self._do(part)
-        except EmbeddingServerError as error:
-            result["error"] = str(error)
-        except (OSError, arrow.ArrowException) as error:  # which names no file of its own
-            result["error"] = f"{part.file}, from row {part.row} on: {error}"
-        return {key: [value] for key, value in (result | {"rows": part.rows}).items()}
-
-    def _do(self, part: _Part) -> dict[str, Any]:
-        _, parquet = import_pyarrow()
-        field = self._options.field
-        assert field is not None
-        table = _rows(part)
-        vectors = []
-        cut: list[Line] = []
-        lines = _lines(part, table.column(field))
-        for chunk in embed_lines(self._embedder, lines, self._options.params):
-            vectors.append(chunk.embeddings.vectors)
-            cut += chunk.truncated
-        told = {"truncated": len(cut), "first_cut": cut[0].place if cut else ""}
-        table = table.append_column(COLUMN, vector_column(np.concatenate(vectors)))
-        metadata = {**(table.schema.metadata or {}), _TOLD: json.dumps(told)}
-        with whole_file(self._folder / part.name) as stream:
-            parquet.write_table(table.replace_schema_metadata(metadata), stream)
-        return told
+def _with_progress(
+    results: Generator[PartResult, None, None], total: int, rows_left: int
+) -> Iterator[PartResult]:
+    """``results``, shown on the terminal or in the log; raises the first that is an error."""
+    done = total - rows_left
+    logged = time.monotonic()
+    on_terminal = sys.stderr.isatty()
+    bar = tqdm(total=total, initial=done, unit=" rows", disable=not on_terminal)
+    try:
+        with bar, contextlib.closing(results):
+            for result in results:
+                if result.error:
+                    raise EmbeddingServerError(result.error)
+                done += result.rows
+                bar.update(result.rows)
+                if not on_terminal and time.monotonic() - logged > _LOG_SECONDS:
+                    logged = time.monotonic()
+                    logger.info("%d of %d rows are done", done, total)
+                yield result
+    except KeyboardInterrupt:
+        logger.warning("interrupted: %d of %d rows are done; run it again to go on", done, total)
+        raise
 
 
-def _results(
-    parts: Sequence[_Part],
+def _embed_parts(
+    parts: Sequence[Part],
     folder: Path,
     settings: Settings,
     options: CorpusOptions,
     cluster: ClusterOptions,
-) -> Generator[Mapping[str, Any], None, None]:
-    """What the actors say, part by part as each is done; no cluster is asked for no part."""
+) -> Generator[PartResult, None, None]:
+    """Each part's result as soon as it is done; without parts no cluster is needed."""
     if not parts:
         return
     import ray
     import ray.data
 
-    ours = not ray.is_initialized()
-    if ours:
-        address = cluster.address or os.environ.get("RAY_ADDRESS") or None
-        alone = {} if address else {"include_dashboard": False}
-        try:
-            ray.init(address=address, logging_level="warning", log_to_driver=False, **alone)
-        except (ValueError, RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
-            raise ConfigurationError(
-                f"--ray-address or RAY_ADDRESS, {address}: no cluster can be had there: {error}"
-                if address
-                else f"No cluster can be had on this machine: {error}"
-            ) from None
-    try:
+    with connect(cluster.address):
         threads, actors = shares_of(ray.nodes(), settings.threads, cluster)
         actors = min(actors, len(parts))
         free = ray.available_resources().get("CPU", 0.0)
-        logger.info(
-            "%d processes of %d threads, for which %g cores of the cluster are free",
-            *(actors, threads, free),
-        )
+        logger.info("%d processes of %d threads; %g cores are free", actors, threads, free)
         if free < threads:
             logger.warning("waiting for %d cores of one node; see --threads", threads)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # there is one of ours
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says, we say
+        ray.data.DataContext.get_current().enable_progress_bars = False  # we show our own
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # we report its errors
         rows = [dataclasses.asdict(part) for part in parts]
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             PartEmbedder,
             fn_constructor_args=(settings.model_copy(update={"threads": threads}), options, folder),
-            batch_size=1,
-            # As many at once as there is room for, and the others when there is.
+            # Actors start as the cluster has room for them.
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
             num_cpus=threads,
             num_gpus=cluster.gpus or None,
         )
-        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-            names = list(batch)
-            for values in zip(*(batch[name].tolist() for name in names), strict=True):
-                yield dict(zip(names, values, strict=True))
-    except ray.exceptions.RayError as error:
-        raise EmbeddingServerError(f"Ray: {error}; run it again to go on.") from error
-    finally:
-        if ours:
-            ray.shutdown()
+        try:
+            # Without prefetching, which would hold back each result until the next is there.
+            for table in dataset.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            ):
+                for result in table.to_pylist():
+                    yield PartResult(**result)
+        except ray.exceptions.RayError as error:
+            raise EmbeddingServerError(f"Ray: {error}; run it again to go on.") from error
+
+
+def connect(address: str | None) -> Any:
+    """Connect to the cluster at ``address`` or RAY_ADDRESS, or start one on this machine.
+
+    The connection is a context that ends it. Raises ConfigurationError.
+    """
+    import ray
+
+    send_no_usage_stats()
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    alone = {} if address else {"include_dashboard": False}
+    try:
+        return ray.init(address=address, logging_level="warning", log_to_driver=False, **alone)
+    except (ValueError, RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
+        raise ConfigurationError(
+            f"--ray-address or RAY_ADDRESS, {address}: no cluster is available there: {error}"
+            if address
+            else f"No cluster can be started on this machine: {error}"
+        ) from None
 
 
 def shares_of(
     nodes: Sequence[Mapping[str, Any]], threads: int | None, cluster: ClusterOptions
 ) -> tuple[int, int]:
-    """Threads of an actor and how many actors.
+    """The threads of an actor, and the number of actors.
 
-    Without wishes one has an equal node, or of a node with GPUs the part that its GPUs are.
+    By default an actor has a whole node, of the smallest size, or the part of a node that belongs
+    to its GPUs.
     """
-    # Of each node its cores, and how many actors it should have.
-    rooms = [
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    # Of each node its cores, and how many actors share them.
+    shares = [
         (int(found.get("CPU", 0)), int(found.get("GPU", 0) / cluster.gpus) if cluster.gpus else 1)
-        for found in (node["Resources"] for node in nodes if node["Alive"])
+        for found in resources
     ]
-    equal = (max(1, cores // actors) for cores, actors in rooms if cores and actors)
-    threads = threads or min(equal, default=1)
-    room = sum(
-        min(cores // threads, actors) if cluster.gpus else cores // threads
-        for cores, actors in rooms
-    )
+    if threads is None:
+        equal = (max(1, cores // actors) for cores, actors in shares if cores and actors)
+        threads = min(equal, default=1)
+    room = 0
+    for cores, actors in shares:
+        room += min(cores // threads, actors) if cluster.gpus else cores // threads
     if not room:
         raise ConfigurationError(
             f"No node of the cluster has room for an actor of {threads} cores"
@@ -259,119 +213,21 @@ def shares_of(
     return threads, cluster.actors or room
 
 
-def _files(given: Sequence[str]) -> list[Path]:
-    """The files, and those of folders in the order of their names, by their whole paths."""
-    files: list[Path] = []
-    for name in given:
-        path = Path(name).absolute()
-        files += sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    for file in files:
-        if file.suffix != ".parquet" or not file.is_file() or not os.access(file, os.R_OK):
-            raise ConfigurationError(f"--ray: {file} is no .parquet file that can be read.")
-    if not files:
-        raise ConfigurationError(f"--ray: there is no .parquet file in {', '.join(given)}.")
-    return files
-
-
-def parts_of(files: Sequence[Path], field: str | None) -> list[_Part]:
-    """Raises ConfigurationError unless all files are of one schema in which ``field`` is text."""
-    arrow, parquet = import_pyarrow()
-    parts = []
-    schema = None
-    for number, file in enumerate(files):
-        try:
-            with parquet.ParquetFile(file) as opened:
-                metadata, its_schema = opened.metadata, opened.schema_arrow
-        except arrow.ArrowInvalid as error:
-            raise ConfigurationError(
-                f"{file} is no Parquet file that can be read: {error}"
-            ) from None
-        _check_schema(file, its_schema, field)
-        if schema is not None and not its_schema.equals(schema):
-            raise ConfigurationError(
-                f"{file} has other columns than {files[0]}: embed it by itself."
-            )
-        schema = its_schema
-        row = 0
-        for group in range(metadata.num_row_groups):
-            rows = metadata.row_group(group).num_rows
-            for place, first in enumerate(range(0, rows, _PART_ROWS)):
-                parts.append(
-                    _Part(
-                        name=f"part-{number:05}-{group:05}-{place:05}.parquet",
-                        file=str(file),
-                        row_group=group,
-                        first=first,
-                        row=row + first,
-                        rows=min(_PART_ROWS, rows - first),
-                    )
-                )
-            row += rows
-    return parts
-
-
-def _check_schema(file: Path, schema: Any, field: str | None) -> None:
-    arrow, _ = import_pyarrow()
-    columns = ", ".join(schema.names)
-    if field is None or field not in schema.names:
-        missing = "--field is missing" if field is None else f"{file} has no column {field!r}"
-        raise ConfigurationError(f"{missing}: name one of {columns} with --field.")
-    if schema.names.count(field) > 1:
-        raise ConfigurationError(f"{file} has several columns {field!r}: rename all but one.")
-    kind = schema.field(field).type
-    if arrow.types.is_dictionary(kind):
-        kind = kind.value_type
-    if kind not in (arrow.string(), arrow.large_string(), arrow.string_view()):
-        raise ConfigurationError(f"{file}: the column {field!r} is {kind}, and must be text.")
-    if COLUMN in schema.names:
-        raise ConfigurationError(
-            f"{file} has a column {COLUMN!r} already, where the vectors go: rename it."
-        )
-
-
-def _rows(part: _Part) -> Any:
-    """The part's rows, of which a large row group's others are let go as they are read."""
-    arrow, parquet = import_pyarrow()
-    found = []
-    seen = 0
-    with parquet.ParquetFile(part.file) as opened:
-        for batch in opened.iter_batches(batch_size=1024, row_groups=[part.row_group]):
-            start = max(part.first - seen, 0)
-            stop = min(part.first + part.rows - seen, len(batch))
-            if start < stop:
-                found.append(batch.slice(start, stop - start))
-            seen += len(batch)
-            if seen >= part.first + part.rows:
-                break
-        return arrow.Table.from_batches(found, schema=opened.schema_arrow)
-
-
-def _lines(part: _Part, column: Any) -> Iterator[Line]:
-    for number, value in enumerate(column, part.row):
-        line = Line(part.file, number, "", unit="row")
-        try:
-            text = value.as_py()
-        except UnicodeDecodeError as error:
-            raise line.error(f"not UTF-8 at byte {error.start}; the first row is 0") from None
-        if text is None:
-            raise line.error("null, and not a text; the first row is 0")
-        yield dataclasses.replace(line, text=text)
-
-
 def _manifest(
     settings: Settings, options: CorpusOptions, info: ModelInfo, files: Sequence[Path]
 ) -> dict[str, Any]:
-    """All that a vector depends on, and what the parts are of."""
-    asked = {"field": options.field, **dataclasses.asdict(options.params)}
-    del asked["output_dtype"]
+    """Everything that the vectors and the parts depend on."""
+    params = dataclasses.asdict(options.params)
+    del params["output_dtype"]
     stats = [(file, file.stat()) for file in files]
     return {
         "model": info.name,
         "revision": info.revision,
         "sha256": info.sha256,
         "onnx_file": settings.onnx_file,
-        **asked,
-        "part_rows": _PART_ROWS,
+        "field": options.field,
+        **params,
+        "part_rows": PART_ROWS,
         "inputs": [
             {"file": str(file), "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
             for file, stat in stats
@@ -379,18 +235,18 @@ def _manifest(
     }
 
 
-def begun(output: str, manifest: Mapping[str, Any]) -> Path:
-    """The folder of the output, in which ``manifest`` is or was written.
+def open_folder(output: str, manifest: Mapping[str, Any]) -> Path:
+    """The output folder, to which ``manifest`` is written unless it is there already.
 
-    Raises ConfigurationError if the folder is of another.
+    Raises ConfigurationError if the folder has another manifest, or other files.
     """
     folder = Path(output).absolute()
     file = folder / _MANIFEST
     if output == "-" or folder.is_file() or not folder.parent.is_dir():
         raise ConfigurationError("--ray: -o must name a folder, in one that exists.")
     folder.mkdir(exist_ok=True)
-    for torn in (*folder.glob(".part-*.part"), *folder.glob(f".{_MANIFEST}.*.part")):
-        torn.unlink(missing_ok=True)  # of a run that was killed
+    for incomplete in (*folder.glob(".part-*.part"), *folder.glob(f".{_MANIFEST}.*.part")):
+        incomplete.unlink(missing_ok=True)  # of a run that was killed
     if file.exists():
         before = json.loads(file.read_bytes())
         if before != manifest:
@@ -405,25 +261,3 @@ def begun(output: str, manifest: Mapping[str, Any]) -> Path:
         with whole_file(file) as stream:
             stream.write(json.dumps(manifest, indent=1).encode())
     return folder
-
-
-def _told(file: Path, rows: int) -> dict[str, Any] | None:
-    """What a part's file says was cut in it; None if it isn't there, or not whole."""
-    arrow, parquet = import_pyarrow()
-    try:
-        metadata = parquet.read_metadata(file)
-    except (FileNotFoundError, arrow.ArrowInvalid):
-        return None
-    told = (metadata.metadata or {}).get(_TOLD)
-    if told is None or metadata.num_rows != rows:
-        return None
-    answer: dict[str, Any] = json.loads(told)
-    return answer
-
-
-def _check_extra() -> None:
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigurationError(
-            "--ray needs the extra [ray]; install it with pip install 'embedding-server[ray]', in "
-            "a checkout with scripts/install '[ray]'."
-        )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""``/metrics`` over all replicas: each tells what it has counted since, one actor adds up.
+"""``/metrics`` of all replicas: each reports what it has counted, and one actor adds it up.
 
-What a replica has counted stays when it is gone; what it had in hand goes with it. One that is
-killed takes with it what it counted in its last second.
+The counts of a replica stay when it ends, without those of its last second if it is killed. Its
+gauges go.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import operator
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -26,62 +25,71 @@ logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 1.0
 
-# A process that says nothing for so long has nothing in hand any more.
+# The gauges of a process that reports nothing for so long are dropped.
 _SILENT_SECONDS = 10.0
 
 Samples = dict[tuple[str, str, tuple[tuple[str, str], ...]], float]
-"""Values by the family's name, by the sample's, and by its labels."""
+"""Values by the family's name, the sample's name, and its labels."""
+
+_SUMMED = {row.family for row in METRICS if row.over_processes == "livesum"}
 
 
 class Metrics:
-    """Adds up what the processes of one application report. It is a Ray Serve deployment."""
+    """Adds up the reports of an application's processes: a deployment of Ray Serve."""
 
     def __init__(self) -> None:
-        self._counted: Samples = {}
-        self._in_hand: dict[str, tuple[float, Samples]] = {}
+        self._counts: Samples = {}
+        self._gauges: dict[str, tuple[float, Samples]] = {}
 
-    async def report(self, source: str, counted: Samples, in_hand: Samples | None) -> None:
-        """``counted`` is what has come since the last report; ``in_hand`` None says goodbye."""
-        for key, value in counted.items():
-            self._counted[key] = self._counted.get(key, 0.0) + value
-        if in_hand is None:
-            self._in_hand.pop(source, None)
+    async def report(self, source: str, counts: Samples, gauges: Samples | None) -> None:
+        """Add the ``counts`` since the last report; ``gauges`` is None in the last one."""
+        for key, value in counts.items():
+            self._counts[key] = self._counts.get(key, 0.0) + value
+        if gauges is None:
+            self._gauges.pop(source, None)
         else:
-            self._in_hand[source] = (time.monotonic(), in_hand)
+            self._gauges[source] = (time.monotonic(), gauges)
 
     async def exposition(self) -> bytes:
-        """All of it in Prometheus' text format."""
-        silent = time.monotonic() - _SILENT_SECONDS
-        self._in_hand = {k: v for k, v in self._in_hand.items() if v[0] > silent}
+        """All samples in Prometheus' text format."""
         registry = CollectorRegistry()
         registry.register(self)
         return generate_latest(registry)
 
     def collect(self) -> Iterator[Family]:
-        """What prometheus_client asks a registered collector for."""
-        totals = dict(self._counted)
-        for _, in_hand in self._in_hand.values():
-            for key, value in in_hand.items():
-                totals[key] = _together(key[0])(totals[key], value) if key in totals else value
+        """The families, as prometheus_client collects them."""
+        totals = dict(self._counts)
+        silent = time.monotonic() - _SILENT_SECONDS
+        self._gauges = {source: last for source, last in self._gauges.items() if last[0] > silent}
+        for _, gauges in self._gauges.values():
+            for key, value in gauges.items():
+                totals[key] = _combine(key[0], totals[key], value) if key in totals else value
         families = {row.family: Family(row.family, row.help, row.kind) for row in METRICS}
-        for (metric, sample, labels), value in totals.items():
-            families[metric].add_sample(sample, dict(labels), value)
+        for (family, sample, labels), value in totals.items():
+            families[family].add_sample(sample, dict(labels), value)
         yield from families.values()
+
+
+def _combine(family: str, one: float, other: float) -> float:
+    """The gauge of two processes."""
+    if family == "process_start_time_seconds":
+        return min(one, other)
+    # The others, such as readiness, are true if they are true of one process.
+    return one + other if family in _SUMMED else max(one, other)
 
 
 @contextlib.asynccontextmanager
 async def reporting(telemetry: Telemetry, source: str, metrics: Any) -> AsyncIterator[None]:
     """Report ``telemetry`` to ``metrics``, a handle of ``Metrics``, each second and at the end."""
-    told: Samples = {}
+    reported: Samples = {}
+    ending = asyncio.Event()
 
     async def report(*, last: bool = False) -> None:
-        counted, in_hand = _samples(telemetry)
-        # Zeros, too: who adds up may have been started again, and would not know of the samples.
-        new = {key: value - told.get(key, 0.0) for key, value in counted.items()}
-        await metrics.report.remote(source, new, None if last else in_hand)
-        told.update(counted)
-
-    ending = asyncio.Event()
+        counts, gauges = _samples(telemetry)
+        # Zeros, too: a restarted Metrics doesn't know the samples.
+        new = {key: value - reported.get(key, 0.0) for key, value in counts.items()}
+        await metrics.report.remote(source, new, None if last else gauges)
+        reported.update(counts)
 
     async def report_until_the_end() -> None:
         while True:
@@ -90,7 +98,7 @@ async def reporting(telemetry: Telemetry, source: str, metrics: Any) -> AsyncIte
                 return
             try:
                 await report()
-            except Exception:  # nothing is lost: the next one tells it
+            except Exception:  # the next report includes this one
                 logger.warning("metrics could not be reported", exc_info=True)
 
     task = asyncio.create_task(report_until_the_end(), name="reporting metrics")
@@ -98,29 +106,18 @@ async def reporting(telemetry: Telemetry, source: str, metrics: Any) -> AsyncIte
         yield
     finally:
         ending.set()
-        # When everything ends, who adds up may be gone already.
+        # When the application ends, Metrics may have ended already.
         with contextlib.suppress(Exception):
             await asyncio.wait_for(task, _REPORT_SECONDS)
             await asyncio.wait_for(report(last=True), _REPORT_SECONDS)
 
 
-_ADDED_UP = {row.family for row in METRICS if row.over_processes == "livesum"}
-
-
-def _together(family: str) -> Callable[[float, float], float]:
-    """What two processes' gauges of a family make."""
-    if family == "process_start_time_seconds":
-        return min
-    # Of what isn't added up, as readiness, one that has it is enough.
-    return operator.add if family in _ADDED_UP else max
-
-
 def _samples(telemetry: Telemetry) -> tuple[Samples, Samples]:
-    """What only grows, and what comes and goes."""
-    counted: Samples = {}
-    in_hand: Samples = {}
+    """Counts, and gauges."""
+    counts: Samples = {}
+    gauges: Samples = {}
     for family in telemetry.registry.collect():
-        into = in_hand if family.type == "gauge" else counted
+        samples = gauges if family.type == "gauge" else counts
         for sample in family.samples:
-            into[family.name, sample.name, tuple(sample.labels.items())] = sample.value
-    return counted, in_hand
+            samples[family.name, sample.name, tuple(sample.labels.items())] = sample.value
+    return counts, gauges

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""How many replicas there should be, by the tokens that wait at them.
+"""The number of replicas, by the tokens that wait at them.
 
-Ray sends this module's text to its controller: it imports nothing of ours.
+Ray sends this module's source to its controller, so it imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 __all__ = ["QUEUED_TOKENS", "QueuedTokens"]
 
 QUEUED_TOKENS = "queued_tokens"
-"""The name under which replicas tell how many wait."""
+"""The name under which a replica reports its waiting tokens."""
 
 
 class QueuedTokens:
-    """An autoscaling policy of Ray Serve: ``target`` waiting tokens a replica.
+    """An autoscaling policy of Ray Serve: ``target`` waiting tokens for each replica.
 
-    Ray keeps what it says between min_replicas and max_replicas, and waits its delays.
+    Ray applies min_replicas, max_replicas and its delays to the number.
     """
 
     def __init__(self, target: int) -> None:

@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Every error this package raises on purpose; none of them knows HTTP.
+"""Every error that this package raises on purpose; none of them knows HTTP.
 
 ::
 
     EmbeddingServerError
-    ├── InvalidRequest                the caller can fix it by changing the request
-    │   ├── ContextLengthExceeded     an input is over the model's length and may not be cut
+    ├── InvalidRequest                the client must change its request
+    │   ├── ContextLengthExceeded     an input is longer than the model's limit
     │   ├── ModelNotFound             no model of that name is served
     │   ├── BodyTooLarge              the request's body is over the limit
-    │   ├── BodyTooSlow               the request's body takes too long to come
+    │   ├── BodyTooSlow               the request's body takes too long to arrive
     │   ├── UnsupportedContent        the body is not plain JSON
     │   ├── FingerprintMismatch       the client's stored vectors are of another model
-    │   └── Unauthenticated           a key is needed, and none or a wrong one came
-    ├── Overloaded                    the queue is full; says when to come back
-    ├── DeadlineExceeded              the time that the client gave its request is over
+    │   └── Unauthenticated           the API key is missing or wrong
+    ├── Overloaded                    the queue is full
+    ├── DeadlineExceeded              the request took longer than the client allows
     ├── NotReady                      starting, draining, or the model's engine has died
-    │   └── InferenceTimedOut         a batch hangs, and what needs its cores can't go on
-    ├── InferenceFailed               a batch failed, or gave values that are not finite
+    │   └── InferenceTimedOut         a batch hangs and holds the cores
+    ├── InferenceFailed               a batch failed, or its vectors are not finite
     ├── OutOfMemory                   no memory for an input, even alone
-    ├── ConfigurationError            a setting, or a mix of settings, that can't work
-    └── ModelError                    a model that can't be had or can't be run
-        ├── ModelUnavailable          its files are neither here nor to be fetched
-        └── ModelNotSupported         its files ask for something we can't do exactly
+    ├── ConfigurationError            settings that can't work, alone or together
+    └── ModelError                    a model that is not available or can't be run
+        ├── ModelUnavailable          its files are not here and can't be downloaded
+        └── ModelNotSupported         its files need something that is not computed exactly
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = [
 
 
 class EmbeddingServerError(Exception):
-    """The root: ``str(error)`` is one or two sentences that a user can act on.
+    """The root: ``str(error)`` is one or two sentences that say what the user can do.
 
     ``code`` is a stable identifier for programs, or None.
     """
@@ -59,13 +59,11 @@ class EmbeddingServerError(Exception):
 
 
 class InvalidRequest(EmbeddingServerError):
-    """The request can't be served as it is.
+    """The client must change its request.
 
-    ``param`` is the name of the request's field at fault and ``index`` the input's place; each
-    may be None. ``reason`` is the message without that place.
+    ``param`` is the name of the wrong field and ``index`` that of the wrong input; each may be
+    None. ``reason`` is the message without them.
     """
-
-    default_code: str | None = None
 
     def __init__(
         self,
@@ -78,32 +76,32 @@ class InvalidRequest(EmbeddingServerError):
         super().__init__(reason if index is None else f"input[{index}] {reason}")
         self.reason = reason
         self.param = param
-        self.code = code or self.default_code
+        self.code = code or self.code
         self.index = index
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """An input is longer than the model's limit and the request forbids cutting it."""
+    """An input is longer than the model's limit, and the request forbids truncation."""
 
-    default_code = "context_length_exceeded"
+    code = "context_length_exceeded"
 
 
 class ModelNotFound(InvalidRequest):
     """No model of the requested name is served."""
 
-    default_code = "model_not_found"
+    code = "model_not_found"
 
 
 class BodyTooLarge(InvalidRequest):
     """The request's body is over the limit."""
 
-    default_code = "request_too_large"
+    code = "request_too_large"
 
 
 class BodyTooSlow(InvalidRequest):
-    """The request's body takes too long to come."""
+    """The request's body takes too long to arrive."""
 
-    default_code = "request_timeout"
+    code = "request_timeout"
 
 
 class UnsupportedContent(InvalidRequest):
@@ -111,19 +109,19 @@ class UnsupportedContent(InvalidRequest):
 
 
 class FingerprintMismatch(InvalidRequest):
-    """The client's stored vectors and those of the served model do not match."""
+    """The client's stored vectors are of another model than the one that is served."""
 
-    default_code = "fingerprint_mismatch"
+    code = "fingerprint_mismatch"
 
 
 class Unauthenticated(InvalidRequest):
-    """An API key is set, and the request has none or a wrong one."""
+    """The API key is missing or wrong."""
 
-    default_code = "invalid_api_key"
+    code = "invalid_api_key"
 
 
 class Overloaded(EmbeddingServerError):
-    """Admission was refused; ``retry_after`` is the expected wait in seconds."""
+    """The request was not admitted; ``retry_after`` is the expected wait in seconds."""
 
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)
@@ -131,37 +129,37 @@ class Overloaded(EmbeddingServerError):
 
 
 class DeadlineExceeded(EmbeddingServerError):
-    """The time that the client gave its request is over."""
+    """The request took longer than the client allows."""
 
     code = "deadline_exceeded"
 
 
 class NotReady(EmbeddingServerError):
-    """The server or the model can't take requests now."""
+    """The server or the model can't serve requests now."""
 
 
 class InferenceTimedOut(NotReady):
-    """A batch is over its time, and holds the cores that this request needs."""
+    """A batch takes too long, and holds the cores that this request needs."""
 
     code = "inference_timeout"
 
 
 class InferenceFailed(EmbeddingServerError):
-    """A batch raised, or its vectors were not finite; other batches go on."""
+    """A batch failed, or its vectors are not finite; other batches are not affected."""
 
 
 class OutOfMemory(EmbeddingServerError):
-    """There was no memory for an input, even alone; others go on."""
+    """There is no memory for an input, even alone; other inputs are not affected."""
 
     code = "out_of_memory"
 
 
 class ConfigurationError(EmbeddingServerError):
-    """A setting, or a mix of settings, that can't work."""
+    """Settings that can't work, alone or together."""
 
 
 class ModelError(EmbeddingServerError):
-    """A model that can't be had or can't be run."""
+    """A model that is not available or can't be run."""
 
 
 class ModelUnavailable(ModelError):
@@ -169,4 +167,4 @@ class ModelUnavailable(ModelError):
 
 
 class ModelNotSupported(ModelError):
-    """The model's files ask for something this server can't do exactly."""
+    """The model's files need something that this server does not compute exactly."""

@@ -31,7 +31,7 @@ def generator() -> ModuleType:
 def test_pages_are_up_to_date(generator: ModuleType, page: str) -> None:
     assert set(generator.pages()) == set(PAGES)
     written = (ROOT / page).read_text(encoding="utf-8")
-    assert written == generator.pages()[page], f"{page} is old: run scripts/docs"
+    assert written == generator.pages()[page], f"{page} is out of date: run scripts/docs"
 
 
 @pytest.mark.parametrize("columns", ["20", "80", "400"])

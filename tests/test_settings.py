@@ -173,7 +173,7 @@ def test_a_bad_value_is_named_by_flag_and_variable(
         assert part in str(caught.value)
 
 
-def test_all_bad_values_are_told_at_once() -> None:
+def test_all_bad_values_are_reported_at_once() -> None:
     with pytest.raises(ConfigurationError) as caught:
         load_settings({"port": "x", "threads": "0"})
     assert "--port" in str(caught.value)
@@ -189,7 +189,7 @@ def test_an_unknown_key_of_the_file(toml: Path) -> None:
     assert "did you mean port?" in str(caught.value)
 
 
-def test_a_bad_value_of_the_file_is_told_with_the_file(toml: Path) -> None:
+def test_a_bad_value_of_the_file_names_the_file(toml: Path) -> None:
     toml.write_text("port = true\n")
     with pytest.raises(ConfigurationError, match=f"{toml}: --port .* true is neither a number"):
         load_settings({}, toml)
@@ -238,7 +238,7 @@ def test_one_name_for_each_model() -> None:
     assert settings.served_model_name == ("x", "y")
 
 
-def test_misspelt_variables_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misspelt_variables_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDING_SERVER_MODLE", "all-MiniLM-L6-v2")
     # Kubernetes' own, for a Service named embedding-server.
     monkeypatch.setenv("EMBEDDING_SERVER_SERVICE_HOST", "10.0.0.1")
@@ -425,8 +425,8 @@ def test_a_bad_setting_is_one_sentence_and_exit_code_1() -> None:
 
 def test_version() -> None:
     done = run_cli("--version")
-    told = f"embedding-server {embedding_server.__version__}\n"
-    assert (done.returncode, done.stdout.decode()) == (0, told)
+    version = f"embedding-server {embedding_server.__version__}\n"
+    assert (done.returncode, done.stdout.decode()) == (0, version)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"]], ids=" ".join)

@@ -42,7 +42,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def log(cluster: Cluster) -> Iterator[Path]:
-    """What is logged where the README's command serves with two replicas."""
+    """The log of the README's command while it serves with two replicas."""
     command = shlex.split(SERVE.replace(".venv/bin", BIN))
     with cluster.running(command) as log_file:
         wait_until(lambda: len(cluster.replicas("default:models")) == 2, "two replicas")
@@ -144,13 +144,13 @@ def test_metrics_add_up(cluster: Cluster, log: Path) -> None:
         list(pool.map(ask, range(40)))
     wait_until(lambda: counted(cluster, answered) == before + 40, "the requests of all replicas")
     assert counted(cluster, inputs) == inputs_before + 120
-    # Both had some of them.
+    # Both served some of them.
     served = [pid for pid in cluster.replicas("default:models") if f"pid={pid}" in log.read_text()]
     assert len(served) == 2
     refused = 'requests_total{model="",route="/v1/embeddings",status="415"}'
     before = counted(cluster, refused)
     httpx.post(f"{cluster.url}/v1/embeddings", content=b"", headers={"content-type": "text/plain"})
-    wait_until(lambda: counted(cluster, refused) == before + 1, "what no replica has seen")
+    wait_until(lambda: counted(cluster, refused) == before + 1, "a request that reached no replica")
     info = httpx.get(f"{cluster.url}/metrics").text.partition("\nembedding_server_model_info{")[2]
     assert info.splitlines()[0].endswith(" 1.0")
 
@@ -210,7 +210,7 @@ def test_a_killed_replica_loses_no_answer(cluster: Cluster, log: Path, golden: G
             wait_until(lambda: len(answers) > 20, "load")
             os.kill(before[0], signal.SIGKILL)
             killed.set()
-            # It had requests in hand, which the other one answers.
+            # The other one answers the requests that it was serving.
             wait_until(lambda: "has ended with a request" in log.read_text(), "a second try")
             wait_until(lambda: log.read_text().count("is ready: onnx") == 3, "another replica")
         finally:
@@ -288,13 +288,13 @@ def test_a_row_that_is_no_text_is_named(cluster: Cluster, tmp_path: Path) -> Non
     assert "corpus.parquet, row 2: null" in process.stderr
 
 
-def test_cut_texts_are_told(cluster: Cluster, tmp_path: Path) -> None:
+def test_truncated_texts_are_reported(cluster: Cluster, tmp_path: Path) -> None:
     corpus(tmp_path / "corpus.parquet", ["short", "long " * 300, "short"])
     process = embed(cluster, tmp_path)
-    told = process.stderr
-    assert process.returncode == 0, told
-    assert "1 of 3 texts were cut to the 256 tokens that all-MiniLM-L6-v2 takes" in told
-    assert "corpus.parquet, row 1" in told
+    log = process.stderr
+    assert process.returncode == 0, log
+    assert "1 of 3 texts were cut to the 256 tokens that all-MiniLM-L6-v2 takes" in log
+    assert "corpus.parquet, row 1" in log
 
 
 # ------------------------------------------------------------------------------------------ scaling
@@ -318,7 +318,7 @@ def test_replicas_follow_the_queue(cluster: Cluster, log: Path) -> None:
     enough = threading.Event()
 
     def ask() -> set[tuple[int, bool]]:
-        """What came, and whether it said when to come back."""
+        """The statuses, each with whether the answer has a Retry-After."""
         answers = set()
         with httpx.Client(timeout=60, headers={"authorization": "Bearer secret"}) as client:
             while not enough.wait(0.1):
@@ -329,11 +329,12 @@ def test_replicas_follow_the_queue(cluster: Cluster, log: Path) -> None:
     with cluster.running([*command, "embedding_server.ray:app", *arguments]) as log_file:
         wait_until(lambda: status(f"{cluster.url}/scaled/health/ready") == 200, "readiness")
         assert httpx.post(url, json=body).status_code == 401
-        # Who has no key costs no replica anything, nor waits for one.
-        told = "ServeReplica:scaled:ingress"
+        # A request without a key never reaches a replica.
+        ingress = "ServeReplica:scaled:ingress"
         wait_until(
             lambda: any(
-                told in line and "status=401" in line for line in log_file.read_text().splitlines()
+                ingress in line and "status=401" in line
+                for line in log_file.read_text().splitlines()
             ),
             "a refusal by the ingress",
         )

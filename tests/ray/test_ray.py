@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What of Ray needs no cluster: its arguments, its sums, and what is refused before one starts."""
+"""Ray without a cluster: arguments, sums, and options that are refused before one starts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MODEL = "all-MiniLM-L6-v2"
 # --------------------------------------------------------------------------------------- arguments
 
 
-def test_arguments_are_ours_and_rays() -> None:
+def test_arguments_are_rays_options_and_settings() -> None:
     """As ``serve run`` gives them, all of them strings."""
     options, settings = options_of({"model": MODEL, "num_cpus": "2.5", "max_replicas": "8"})
     assert (options.num_cpus, options.max_replicas) == (2.5, 8)
@@ -64,20 +64,22 @@ def test_arguments_are_ours_and_rays() -> None:
     ],
     ids=["unknown", "kind", "bounds", "port", "workers", "setting"],
 )
-def test_arguments_that_mean_nothing_are_refused(arguments: dict[str, Any], said: str) -> None:
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
         options_of(arguments)
 
 
-def test_a_model_that_cannot_be_understood_is_refused_before_a_cluster_is_asked() -> None:
+def test_an_invalid_model_is_refused_before_a_cluster_starts() -> None:
     from embedding_server.ray import app
 
     with pytest.raises(ModelUnavailable):
         app({"model": "no/such/model/anywhere"})
 
 
-def test_paths_are_whole(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Ray's processes stand elsewhere; a name is no path."""
+def test_paths_are_absolute(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray's processes have another working directory; a name is no path."""
     monkeypatch.chdir(tiny_model.parent)
     given = {"model": f"./tiny,{MODEL}", "load_models_from": "tiny"}
     _, settings = options_of(given)
@@ -119,7 +121,7 @@ def test_no_usage_is_reported(start: str) -> None:
     assert done.stdout.split() == [b"None", b"0"]
 
 
-def test_the_constraints_have_all_that_the_extra_installs() -> None:
+def test_the_constraints_pin_all_that_the_extra_installs() -> None:
     """At the versions that are installed, for this Python."""
     install, *_ = commands(section("### Many machines: Ray"))
     assert shlex.split(install) == ["scripts/install", "[ray]"]
@@ -146,8 +148,8 @@ def test_the_constraints_have_all_that_the_extra_installs() -> None:
 # ------------------------------------------------------------------------------------------ ingress
 
 
-def asked(*outcomes: object, until: float | None = None) -> tuple[Answer, list[Forwarded]]:
-    """What an ingress answers whose replicas do ``outcomes``, one a call; and what they got."""
+def answer_of(*outcomes: object, until: float | None = None) -> tuple[Answer, list[Forwarded]]:
+    """The answer of an ingress whose replicas do ``outcomes``, one a call; and their requests."""
     calls: list[Forwarded] = []
 
     async def answer(request: Forwarded) -> Any:
@@ -171,7 +173,7 @@ def asked(*outcomes: object, until: float | None = None) -> tuple[Answer, list[F
 def test_another_replica_is_asked_when_one_dies() -> None:
     fine = Answer(200, (), b"vectors")
     lost = ray.exceptions.ObjectLostError("00", None, "")
-    answer, calls = asked(ray.exceptions.ActorDiedError(), lost, fine, until=9)
+    answer, calls = answer_of(ray.exceptions.ActorDiedError(), lost, fine, until=9)
     assert answer is fine
     assert len(calls) == 3
     assert dict(calls[0].scope["headers"])[b"x-request-timeout"] == b"9"
@@ -183,18 +185,18 @@ def test_another_replica_is_asked_when_one_dies() -> None:
 
 def test_a_request_that_kills_replicas_is_given_up() -> None:
     with pytest.raises(NotReady, match="4 replicas in a row"):
-        asked(*(ray.exceptions.ActorDiedError() for _ in range(9)))
+        answer_of(*(ray.exceptions.ActorDiedError() for _ in range(9)))
 
 
 def test_no_room_at_any_replica_is_overload() -> None:
     with pytest.raises(Overloaded):
-        asked(BackPressureError(8, 8))
+        answer_of(BackPressureError(8, 8))
 
 
 def test_models_that_no_replica_can_load_are_not_ready() -> None:
-    """In words of ours."""
+    """Not in Ray's words."""
     with pytest.raises(NotReady, match="No replica could be started"):
-        asked(DeploymentUnavailableError(None))
+        answer_of(DeploymentUnavailableError(None))
 
 
 # ----------------------------------------------------------------------------------------- scaling
@@ -206,15 +208,15 @@ def test_models_that_no_replica_can_load_are_not_ready() -> None:
     ids=["unknown", "idle", "at", "above", "two"],
 )
 def test_replicas_follow_waiting_tokens(waiting: list[float], wanted: int) -> None:
-    told = {QUEUED_TOKENS: dict(enumerate(waiting))} if waiting else None
-    assert QueuedTokens(target=1000)(SimpleNamespace(aggregated_metrics=told)) == (wanted, {})
+    metrics = {QUEUED_TOKENS: dict(enumerate(waiting))} if waiting else None
+    assert QueuedTokens(target=1000)(SimpleNamespace(aggregated_metrics=metrics)) == (wanted, {})
 
 
 # ----------------------------------------------------------------------------------------- metrics
 
 
 class _Handle:
-    """Calls as a Ray Serve handle does; ``broken`` for as long as none gets through."""
+    """Calls as a Ray Serve handle does; while it is ``broken``, every call fails."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
@@ -249,36 +251,39 @@ def test_counters_stay_and_gauges_go() -> None:
                 for _ in range(200):
                     if value(await metrics.exposition(), 'tokens_total{model="m"}') == 7:
                         break
-                    await asyncio.sleep(0.05)  # each tells once a second
-                told = await metrics.exposition()
-                assert value(told, 'queue_tokens{model="m"}') == 7
-                assert value(told, 'batch_size_count{model="m"}') == 2
-                assert value(told, 'truncated_inputs_total{model="m"}') == 0
-                assert value(told, 'batch_size_bucket{le="4.0",model="m"}') == 2
+                    await asyncio.sleep(0.05)  # each reports once a second
+                text = await metrics.exposition()
+                assert value(text, 'queue_tokens{model="m"}') == 7
+                assert value(text, 'batch_size_count{model="m"}') == 2
+                assert value(text, 'truncated_inputs_total{model="m"}') == 0
+                assert value(text, 'batch_size_bucket{le="4.0",model="m"}') == 2
                 info = 'model_info{backend="onnx",dims="2",max_tokens="8",model="m",revision=""}'
-                assert value(told, info) == 1
-                assert value(told, "ready") == 1
-                started = float(told.partition(b"\nprocess_start_time_seconds ")[2].split()[0])
+                assert value(text, info) == 1
+                assert value(text, "ready") == 1
+                started = float(text.partition(b"\nprocess_start_time_seconds ")[2].split()[0])
                 assert 0 < started < 4e9
-                limit = float(told.partition(b"\nprocess_max_fds ")[2].split()[0])
+                limit = float(text.partition(b"\nprocess_max_fds ")[2].split()[0])
                 assert limit == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-                handle.metrics = metrics = Metrics()  # as after its process has died
+                handle.metrics = metrics = Metrics()  # its process has died
                 for _ in range(200):
-                    told = await metrics.exposition()
-                    if value(told, 'queue_tokens{model="m"}') == 7:
+                    text = await metrics.exposition()
+                    if value(text, 'queue_tokens{model="m"}') == 7:
                         break
                     await asyncio.sleep(0.05)
-                # Counters begin at zero, so that Prometheus takes it for a restart.
-                assert value(told, 'tokens_total{model="m"}') == 0
+                # Counters begin at zero, which Prometheus takes for a restart.
+                assert value(text, 'tokens_total{model="m"}') == 0
                 handle.broken = True
                 first.for_model("m").tokens.inc(10)
-            handle.broken = False  # what could not be told is told with the next
-        told = await metrics.exposition()
-        assert value(told, 'tokens_total{model="m"}') == 10
-        assert value(told, 'queue_tokens{model="m"}') in (None, 4)  # the second died unheard
+            handle.broken = False  # the next report includes the failed ones
+        text = await metrics.exposition()
+        assert value(text, 'tokens_total{model="m"}') == 10
+        assert value(text, 'queue_tokens{model="m"}') in (
+            None,
+            4,
+        )  # the second died without its last report
         plain, _ = first.exposition()
         kinds = {row for row in plain.decode().splitlines() if row.startswith("#")}
-        assert kinds == {row for row in told.decode().splitlines() if row.startswith("#")}
+        assert kinds == {row for row in text.decode().splitlines() if row.startswith("#")}
 
     asyncio.run(run())
 
@@ -301,7 +306,7 @@ def embedded(file: Path, output: Path) -> dict[str, Any]:
 
 
 def test_all_that_is_text_is_embedded(tmp_path: Path) -> None:
-    """And what stands beside it stays as it was."""
+    """And other columns stay as they were."""
     texts = pa.array(["one", "", "one"])
     for kind in (
         pa.string(),
@@ -316,11 +321,11 @@ def test_all_that_is_text_is_embedded(tmp_path: Path) -> None:
         assert pq.read_table(output).drop_columns("embedding") == pq.read_table(file)
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     no_text = pa.array([b"one", b"t\xffo"]).buffers()
     file = write(tmp_path / "in.parquet", text=pa.Array.from_buffers(pa.string(), 2, no_text))
-    told = embedded(file, tmp_path / "bytes")["error"]
-    assert told == f"{file}, row 1: not UTF-8 at byte 1; the first row is 0"
+    error = embedded(file, tmp_path / "bytes")["error"]
+    assert error == f"{file}, row 1: not UTF-8 at byte 1; the first row is 0"
     write(file, text=[f"text {number}" for number in range(1000)])
     content = file.read_bytes()
     file.write_bytes(content[:100] + bytes(300) + content[400:])
@@ -343,9 +348,9 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_a_cluster_is_shared_out(
     nodes: list[dict[str, float]], threads: int | None, gpus: float, shares: tuple[int, int]
 ) -> None:
-    told = [{"Alive": True, "Resources": resources} for resources in nodes]
-    told.append({"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}})
-    assert shares_of(told, threads, ClusterOptions(gpus=gpus)) == shares
+    cluster = [{"Alive": True, "Resources": resources} for resources in nodes]
+    cluster.append({"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}})
+    assert shares_of(cluster, threads, ClusterOptions(gpus=gpus)) == shares
 
 
 def test_a_cluster_without_room_is_refused() -> None:
@@ -357,7 +362,7 @@ def test_a_cluster_without_room_is_refused() -> None:
 
 
 def refused(*arguments: object) -> str:
-    """What ``embed --ray`` says, which needs no cluster to say so."""
+    """The error of ``embed --ray``, which needs no cluster to refuse its options."""
     done = run_cli("embed", "--ray", "--model", MODEL, *map(str, arguments))
     assert done.returncode == 1
     return done.stderr.decode()
@@ -391,7 +396,7 @@ def test_inputs_that_cannot_be_embedded_are_refused_by_name(tmp_path: Path) -> N
     assert "Traceback" not in nowhere
 
 
-def test_an_output_of_others_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     good = write(tmp_path / "good.parquet", text=["one"])
     output = tmp_path / "output"
     output.mkdir()
@@ -406,7 +411,7 @@ def test_an_output_of_others_is_refused(tmp_path: Path) -> None:
     assert b"--ray-actors needs --ray" in plain.stderr
 
 
-def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
+def test_without_the_extra_the_error_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['ray'] = None\n")
     env = environment({"PYTHONPATH": f"{tmp_path}:{environment().get('PYTHONPATH', '')}"})
     done = run_cli("embed", "--ray", "--model", MODEL, "x.parquet", env=env)

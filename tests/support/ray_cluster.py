@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A Ray cluster of this machine's loopback, in a process of its own, and what lives in it.
+"""A Ray cluster on this machine's loopback interface, in another process, and its processes.
 
 Run as a program it starts one, with Ray Serve's proxy on the port of its argument, prints the
 cluster's address and ends with its standard input.
@@ -67,7 +67,7 @@ def running_cluster() -> Iterator[Cluster]:
         {
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else one is left in the home folder
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),  # or Ray leaves one in the home folder
             "RAY_DEDUP_LOGS": "0",
             "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
         }
@@ -111,7 +111,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _lives(pid: int) -> bool:
-    """Whether it runs, and isn't only waiting to be told of to its parent."""
+    """Whether it runs, and isn't a zombie."""
     return _read(f"/proc/{pid}/stat").rpartition(b") ")[2][:1] not in (b"", b"Z", b"X")
 
 

@@ -133,6 +133,12 @@ def test_matryoshka_sizes_that_are_none(row: str) -> None:
         load_settings({"matryoshka": [row]})
 
 
+@pytest.mark.parametrize("sizes", [[], [128, 64], [0, 64], [-5]])
+def test_matryoshka_sizes_in_a_table_that_are_none(sizes: list[int]) -> None:
+    with pytest.raises(ConfigurationError, match=r"matryoshka.* ascending sizes"):
+        load_settings({"matryoshka": {"a": sizes}})
+
+
 def test_kubernetes_service_variables_are_no_settings(
     monkeypatch: pytest.MonkeyPatch, toml: Path
 ) -> None:

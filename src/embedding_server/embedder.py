@@ -40,7 +40,9 @@ class Embedder:
 
     ``model`` is a value of ``--model``. Several threads may use one Embedder; their texts then
     share batches. Raises ModelError if the model is unavailable or can't run, and
-    ConfigurationError for an unknown ``backend`` or a ``revision`` that can't apply.
+    ConfigurationError for an unknown ``backend`` or a ``revision`` that can't apply. A download
+    runs in another process, which environment variables reach (HTTPS_PROXY, SSL_CERT_FILE, HF_*)
+    and a client that was set with huggingface_hub's functions doesn't.
     """
 
     def __init__(

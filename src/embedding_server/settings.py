@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -78,10 +78,21 @@ def _parse_sizes(value: object) -> object:
     for text in value:
         name, _, numbers = str(text).partition("=")
         sizes = [int(size) if size.strip().isdecimal() else 0 for size in numbers.split(",")]
-        if not name or 0 in sizes or sizes != sorted(set(sizes)):
-            raise ValueError(f"{text!r} must be a name and ascending sizes, as NAME=64,128,256")
-        sizes_by_name[name] = sizes
+        sizes_by_name[name] = _check_sizes(sizes, text, name)
     return sizes_by_name
+
+
+def _check_tables(value: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The same for a table of the TOML file."""
+    for name, sizes in value.items():
+        _check_sizes(sizes, {name: list(sizes)}, name)
+    return value
+
+
+def _check_sizes(sizes: Sequence[int], given: object, name: str) -> Sequence[int]:
+    if not name or not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
+        raise ValueError(f"{given!r} must be a name and ascending sizes, as NAME=64,128,256")
+    return sizes
 
 
 def _check_endpoint(value: str) -> str:
@@ -102,7 +113,9 @@ Strings = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Secrets = Annotated[
     tuple[SecretStr, ...], BeforeValidator(_split_keys), AfterValidator(_check_keys)
 ]
-Sizes = Annotated[dict[str, tuple[int, ...]], BeforeValidator(_parse_sizes)]
+Sizes = Annotated[
+    dict[str, tuple[int, ...]], BeforeValidator(_parse_sizes), AfterValidator(_check_tables)
+]
 Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]

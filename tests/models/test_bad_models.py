@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer as RawTokenizer
 
 from embedding_server import Embedder
+from embedding_server.backends.architectures import keys_that_count
 from embedding_server.engine.tokenizer import Tokenizer
 from embedding_server.errors import (
     InferenceFailed,
@@ -532,12 +533,31 @@ def in_weights(change: Callable[[dict[str, Any]], object]) -> Change:
     return changed
 
 
+@pytest.mark.parametrize("name", ["linear.weight", "score.weight", "lm_head.weight"])
 @pytest.mark.parametrize("backend", ["auto", "onnx", "torch"])
-def test_a_tensor_that_nothing_reads(backend: str, folder: Path) -> None:
+def test_a_tensor_that_nothing_reads(backend: str, name: str, folder: Path) -> None:
     """As of a projection that the authors' own code applies: the true vectors are others."""
     projection = np.zeros((64, 32), np.float32)
-    in_weights(lambda tensors: tensors.update({"linear.weight": projection}))(folder)
-    assert "'linear.weight'" in refusal(folder, backend=backend)
+    in_weights(lambda tensors: tensors.update({name: projection}))(folder)
+    assert repr(name) in refusal(folder, backend=backend)
+
+
+def test_rotation_of_a_family_without_it(folder: Path) -> None:
+    """BERT has learned positions: its authors' own code rotates, and transformers' does not."""
+    name = "encoder.layer.0.attention.self.rotary_emb.inv_freq"
+    in_weights(lambda tensors: tensors.update({name: np.ones(8, np.float32)}))(folder)
+    assert repr(name) in refusal(folder, backend="onnx")
+
+
+def test_a_decoder_that_is_not_built_may_say_that_it_is_causal() -> None:
+    assert keys_that_count({"model_type": "qwen2", "is_causal": True}) == set()
+    assert keys_that_count({"model_type": "bert", "is_causal": True}) == {"is_causal"}
+
+
+@pytest.mark.parametrize("value", [{}, [], False])
+def test_code_that_is_named_by_nothing_is_still_unknown(value: object, folder: Path) -> None:
+    in_json("config.json", auto_map=value)(folder)
+    assert "'auto_map'" in refusal(folder, backend="onnx")
 
 
 @pytest.mark.parametrize("backend", ["auto", "onnx", "torch"])

@@ -683,6 +683,26 @@ class TestNoDownload:
         # Asked again, the address would refuse the connection.
         assert "the hub gave no answer within" in failure(parse_spec("acme/tiny"))
 
+    def test_a_process_that_ends_at_once_is_not_the_hubs_fault(
+        self, standin: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        (broken / "huggingface_hub.py").write_text("raise ImportError('broken')")
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(broken)
+            assert "ended with status 1" in failure(parse_spec("acme/tiny"))
+        assert locate(parse_spec("acme/tiny")).origin == "hub"  # nothing was remembered
+
+    def test_a_line_that_the_process_prints_is_no_report(
+        self, standin: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        noisy = tmp_path / "noisy"
+        noisy.mkdir()
+        (noisy / "sitecustomize.py").write_text("print('hello')\nprint(1)")
+        monkeypatch.syspath_prepend(noisy)
+        assert locate(parse_spec("acme/tiny")).origin == "hub"
+
     def test_names_that_do_not_resolve(
         self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:

@@ -49,7 +49,6 @@ _MAX_LAYERS = 10_000
 
 ANY_FAMILY: Mapping[str, tuple[object, ...]] = {
     "add_cross_attention": (None, False),
-    "is_causal": (None, False),
     "is_decoder": (None, False),
     "is_encoder_decoder": (None, False),
     "per_layer_config": (None, {}),
@@ -99,13 +98,10 @@ _HARMLESS = frozenset(
 )
 """Keys of config.json that change no embedding of any family, whatever their value."""
 
-_UNUSED = (
-    *("pooler.*", "cls.*", "lm_head.*", "classifier.*", "qa_outputs.*", "score.*"),
-    *("embeddings.position_ids", "*.rotary_emb.inv_freq"),
-)
 _UNUSED_ANYWHERE = (
-    *(*_UNUSED, "*.pooler.*", "*position_ids", "*inv_freq", "mlm_head.*", "generator_lm_head.*"),
-    *("predictions.*", "*_predictions.*"),
+    *("pooler.*", "*.pooler.*", "*position_ids", "*inv_freq", "cls.*", "lm_head.*", "mlm_head.*"),
+    *("classifier.*", "score.*", "qa_outputs.*", "predictions.*", "*_predictions.*"),
+    "generator_lm_head.*",
 )
 """``Tensors.unused`` of a family that isn't built here."""
 
@@ -166,7 +162,7 @@ class Tensors:
     final_norm: str | None = None
     prefixes: tuple[str, ...]
     """Some checkpoints put one of these before every name."""
-    unused: tuple[str, ...] = _UNUSED
+    unused: tuple[str, ...]
     """Tensors that give no embedding, as patterns of fnmatch: heads of other tasks, buffers."""
 
 
@@ -272,28 +268,28 @@ class _Reading(Mapping[str, Any]):
     """A config that remembers which of its keys were looked up."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
+        self.given = config
         self.keys_read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
         self.keys_read.add(key)
-        return self._config[key]
+        return self.given[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._config)
+        return iter(self.given)
 
     def __len__(self) -> int:
-        return len(self._config)
+        return len(self.given)
 
 
-def _read(config: Config) -> Architecture:
+def _read(config: _Reading) -> Architecture:
     kind = config.get("model_type")
     family = ARCHITECTURES.get(str(kind))
     if family is None:
         raise ModelNotSupported(
             f"The architecture {kind!r} is not built here; these are: {', '.join(ARCHITECTURES)}."
         )
-    check_code(config)
+    check_code(config.given)  # which marks no key as read
     for key in _not_allowed(config, family):
         raise _not_supported(config, key)
     return family.read(config, family.tensors)
@@ -588,7 +584,8 @@ def _attention(
 # --------------------------------------------------------------------------------------- the table
 
 _ROTARY = {"partial_rotary_factor": (None, 1)}
-_LEARNED = {"position_embedding_type": (None, "absolute")}
+_BIDIRECTIONAL = {"is_causal": (None, False)}
+_LEARNED = {**_BIDIRECTIONAL, "position_embedding_type": (None, "absolute")}
 
 _BERT = Tensors(
     words="embeddings.word_embeddings",
@@ -603,8 +600,13 @@ _BERT = Tensors(
     mlp_out="output.dense",
     mlp_norm="output.LayerNorm",
     prefixes=("bert.",),
+    unused=("pooler.*", "embeddings.position_ids", "cls.*", "classifier.*", "qa_outputs.*"),
 )
-_ROBERTA = replace(_BERT, prefixes=("roberta.",))
+_ROBERTA = replace(
+    _BERT,
+    prefixes=("roberta.",),
+    unused=("pooler.*", "embeddings.position_ids", "lm_head.*", "classifier.*", "qa_outputs.*"),
+)
 
 ARCHITECTURES: Mapping[str, Family] = {
     "bert": Family(
@@ -636,7 +638,9 @@ ARCHITECTURES: Mapping[str, Family] = {
             attention_norm="attention.LayerNorm",
             relative_bias="encoder.relative_attention_bias",
             prefixes=("mpnet.",),
+            unused=_ROBERTA.unused,
         ),
+        allowed=_BIDIRECTIONAL,
         # transformers computes 32 buckets whatever it says; the builder checks the table's rows.
         harmless=("relative_attention_num_buckets",),
     ),
@@ -655,10 +659,11 @@ ARCHITECTURES: Mapping[str, Family] = {
             mlp_norm="output_layer_norm",
             prefixes=("distilbert.",),
             unused=(
-                *(*_UNUSED, "vocab_transform.*", "vocab_layer_norm.*", "vocab_projector.*"),
-                "pre_classifier.*",
+                *("vocab_transform.*", "vocab_layer_norm.*", "vocab_projector.*"),
+                *("pre_classifier.*", "classifier.*", "qa_outputs.*"),
             ),
         ),
+        allowed=_BIDIRECTIONAL,
         # Sinusoidal positions are the table's first values, which the checkpoint replaces.
         harmless=(
             *("dropout", "qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds"),
@@ -681,8 +686,10 @@ ARCHITECTURES: Mapping[str, Family] = {
             mlp_out="mlp.fc2",
             mlp_norm="norm2",
             prefixes=("bert.", "nomic_bert."),
+            unused=("cls.*", "pooler.*", "*.rotary_emb.inv_freq"),
         ),
         allowed={
+            **_BIDIRECTIONAL,
             **_ROTARY,
             "activation_function": ("swiglu",),
             "causal": (None, False),
@@ -722,9 +729,9 @@ ARCHITECTURES: Mapping[str, Family] = {
             mlp_norm="mlp_norm",
             final_norm="final_norm",
             prefixes=("model.",),
-            unused=(*_UNUSED, "head.*", "decoder.*"),
+            unused=("head.*", "decoder.*", "classifier.*"),
         ),
-        allowed=_ROTARY,
+        allowed={**_BIDIRECTIONAL, **_ROTARY},
         harmless=(
             *("classifier_activation", "classifier_bias", "classifier_pooling"),
             *("decoder_bias", "deterministic_flash_attn", "embedding_dropout"),
@@ -748,6 +755,7 @@ ARCHITECTURES: Mapping[str, Family] = {
             mlp_norm="post_attention_layernorm",
             final_norm="norm",
             prefixes=("model.",),
+            unused=("lm_head.*", "score.*", "*.rotary_emb.inv_freq"),
         ),
         allowed={
             **_ROTARY,

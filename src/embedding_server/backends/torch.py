@@ -206,9 +206,9 @@ def load_sentence_transformer(pipeline: Pipeline) -> Any:
 
 def _reason(error: Exception, config: Mapping[str, Any]) -> str:
     # transformers looks up names, of an activation for example, in dictionaries.
-    if isinstance(error, KeyError):
+    if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
         for key, value in config.items():
-            if value == error.args[0]:
+            if value == error.args[0] and key != "model_type":
                 return f"config.json sets {key} to {value!r}, which transformers does not know."
     return " ".join(str(error).split())
 

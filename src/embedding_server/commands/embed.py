@@ -44,8 +44,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for row in _parameters():
         flag = "--" + row.name.replace("_", "-")
         if row.type is bool:
+            default = "on" if row.default else "off"
             parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=row.default, help=row.help
+                flag,
+                action=argparse.BooleanOptionalAction,
+                default=row.default,
+                help=f"{row.help} (default: {default})",
             )
         else:
             parser.add_argument(flag, type=row.type, default=row.default, help=row.help)

@@ -86,6 +86,7 @@ def download_model(
 
 def _run_child(request: DownloadRequest, spec: ModelSpec) -> Path:
     outcome: dict[str, Any] = {}
+    silent = threading.Event()
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "embedding_server.models.fetch"],
         stdin=subprocess.PIPE,
@@ -96,14 +97,24 @@ def _run_child(request: DownloadRequest, spec: ModelSpec) -> Path:
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
-        limit = threading.Timer(_FIRST_ANSWER_SECONDS, child.kill)
-        limit.daemon = True
-        limit.start()
+
+        def give_up() -> None:
+            silent.set()
+            child.kill()
+
         child.stdin.write(json.dumps(asdict(request)) + "\n")
         child.stdin.flush()
+        limit = threading.Timer(_FIRST_ANSWER_SECONDS, give_up)
+        limit.daemon = True
         for line in child.stdout:
+            message = _message(line)
+            if "started" in message:  # the time before is this machine's, not the hub's
+                limit.start()
+                continue
+            if not message:
+                continue
             limit.cancel()
-            outcome = json.loads(line)
+            outcome = message
             if "megabytes" in outcome:
                 size = outcome["megabytes"]
                 _log.log(
@@ -115,11 +126,20 @@ def _run_child(request: DownloadRequest, spec: ModelSpec) -> Path:
     if "reason" in outcome:
         _log.debug("the download of %s failed\n%s", spec.name, outcome.pop("traceback"))
         raise DownloadFailed(**outcome)
-    if outcome:
-        raise DownloadFailed(f"the process that downloads ended with status {child.returncode}")
-    raise DownloadFailed(
-        f"the hub gave no answer within {_FIRST_ANSWER_SECONDS:.0f} s", unreachable=True
-    )
+    if silent.is_set() and not outcome:
+        raise DownloadFailed(
+            f"the hub gave no answer within {_FIRST_ANSWER_SECONDS:.0f} s", unreachable=True
+        )
+    raise DownloadFailed(f"the process that downloads ended with status {child.returncode}")
+
+
+def _message(line: str) -> dict[str, Any]:
+    """What the child reports; empty for a line that anything else has written there."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}
 
 
 def _child_environment() -> Mapping[str, str]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """The process that downloads one model: a DownloadRequest on stdin, its outcome on stdout.
 
-It writes JSON lines: ``megabytes`` as soon as the hub has listed the repository, and at the end
-either ``snapshot`` or ``reason``, ``fix``, ``unreachable`` and ``traceback``.
+It writes JSON lines: ``started`` when it is about to ask the hub, ``megabytes`` as soon as the hub
+has listed the repository, and at the end either ``snapshot`` or ``reason``, ``fix``,
+``unreachable`` and ``traceback``.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ _CHUNK_BYTES = 2**20
 def main() -> None:
     """Do the download that is requested on stdin, unless stdin ends before."""
     request = DownloadRequest(**json.loads(sys.stdin.readline()))
+    _report(started=True)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         _report(snapshot=str(fetch(request)))

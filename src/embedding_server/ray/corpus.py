@@ -134,44 +134,58 @@ def _embed_parts(
     if not parts:
         return
     import ray
-    import ray.data
 
     with connect(cluster.address):
-        threads, actors = shares_of(ray.nodes(), settings.threads, cluster)
-        actors = min(actors, len(parts))
-        free = ray.available_resources().get("CPU", 0.0)
-        logger.info("%d processes of %d threads; %g cores are free", actors, threads, free)
-        if free < threads:
-            logger.warning("waiting for %d cores of one node; see --threads", threads)
-        ray.data.DataContext.get_current().enable_progress_bars = False  # we show our own
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # we report its errors
-        rows = [dataclasses.asdict(part) for part in parts]
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            PartEmbedder,
-            fn_constructor_args=(settings.model_copy(update={"threads": threads}), options, folder),
-            # Actors start as the cluster has room for them.
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
-            num_cpus=threads,
-            num_gpus=cluster.gpus or None,
-        )
         try:
-            # Without prefetching, which would hold back each result until the next is there.
-            for table in dataset.iter_batches(
-                batch_size=None, batch_format="pyarrow", prefetch_batches=0
-            ):
-                for result in table.to_pylist():
-                    yield PartResult(**result)
+            yield from _computed(parts, folder, settings, options, cluster)
         except ray.exceptions.RayError as error:
             raise EmbeddingServerError(f"Ray: {error}; run it again to go on.") from error
+
+
+def _computed(
+    parts: Sequence[Part],
+    folder: Path,
+    settings: Settings,
+    options: CorpusOptions,
+    cluster: ClusterOptions,
+) -> Generator[PartResult, None, None]:
+    """Each part's result, on the cluster that this process is connected to."""
+    import ray
+    import ray.data
+
+    threads, actors = shares_of(ray.nodes(), settings.threads, cluster)
+    actors = min(actors, len(parts))
+    free = ray.available_resources().get("CPU", 0.0)
+    logger.info("%d processes of %d threads; %g cores are free", actors, threads, free)
+    if free < threads:
+        logger.warning("waiting for %d cores of one node; see --threads", threads)
+    ray.data.DataContext.get_current().enable_progress_bars = False  # we show our own
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # we report its errors
+    rows = [dataclasses.asdict(part) for part in parts]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        PartEmbedder,
+        fn_constructor_args=(settings.model_copy(update={"threads": threads}), options, folder),
+        # Actors start as the cluster has room for them.
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
+        num_cpus=threads,
+        num_gpus=cluster.gpus or None,
+    )
+    # Without prefetching, which would hold back each result until the next is there.
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for result in table.to_pylist():
+            yield PartResult(**result)
 
 
 def connect(address: str | None) -> Any:
     """Connect to the cluster at ``address`` or RAY_ADDRESS, or start one on this machine.
 
-    The connection is a context that ends it. Raises ConfigurationError.
+    The connection is a context that ends it, unless the process has one already. Raises
+    ConfigurationError.
     """
     import ray
 
+    if ray.is_initialized():
+        return contextlib.nullcontext()
     send_no_usage_stats()
     address = address or os.environ.get("RAY_ADDRESS") or None
     alone = {} if address else {"include_dashboard": False}

@@ -71,6 +71,8 @@ class PartEmbedder:
     """One model that embeds part after part: an actor of Ray Data."""
 
     def __init__(self, settings: Settings, options: CorpusOptions, folder: Path) -> None:
+        # As on the command line; an actor doesn't inherit the driver's environment.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._embedder = Embedder.from_settings(settings.model[0], settings)
         self._options = options
         self._folder = folder

@@ -131,7 +131,7 @@ def test_the_wheel_is_the_package(wheel: dict[str, bytes]) -> None:
         "embedding_server/py.typed",
         "embedding_server/api/docs.html",
         "embedding_server/api/docs.css",
-        "embedding_server/bench/fma_peak.c",
+        "embedding_server/commands/bench/fma_peak.c",
         "embedding_server/models/references/all-MiniLM-L6-v2.npz",
     } <= shipped
     for licence in PROJECT["license-files"]:
